@@ -1,0 +1,324 @@
+"""The client for asyncio, written by hand; `_sync.py` is generated from this file."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx2
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from . import _base as base
+from ._base import changed, given, json_object, listed, numbers, patched_object
+from ._retry import Attempts, Retries
+from .types import (
+    Chunk,
+    Document,
+    Health,
+    Library,
+    LibraryStats,
+    Metadata,
+    Name,
+    NewChunk,
+    Readiness,
+    SearchResult,
+    Vector,
+)
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A pgshelf server, reached by asyncio; one client keeps a pool of connections and serves any number of callers.
+
+        async with AsyncClient() as shelf:
+            await shelf.add_document("handbook", key="vacuum", text="Vacuum reclaims dead rows.")
+            result = await shelf.search("handbook", "how do I get space back?")
+
+    `base_url` may end in `api_prefix` or not; `timeout` is in seconds; `retries` is a number or a `Retries`.
+    After a lost answer and after 502, 503 and 504, what is safe to repeat is sent again: every read, and every write
+    but `create_library`, `add_document` without a key, `update_library` with a new name and those with `if_match`.
+    These are sent again only when the server has certainly done nothing: when it could not be reached, answered 429, or
+    refused before touching the database. A DELETE finds its work done when a repetition of it answers 404.
+    Every method may raise `ApiError`, `ConnectionFailed` or `UnexpectedAnswer`.
+    """
+
+    def __init__(
+        self,
+        base_url: str = base.DEFAULT_BASE_URL,
+        *,
+        api_key: str | None = None,
+        api_prefix: str = "/v1",
+        timeout: float | httpx2.Timeout | None = base.DEFAULT_TIMEOUT,
+        retries: int | Retries = 3,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._routes = base.Routes(base_url, api_prefix)
+        self._retries = retries if isinstance(retries, Retries) else Retries(times=retries)
+        self._http = httpx2.AsyncClient(headers=base.default_headers(api_key), timeout=timeout, transport=transport)
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self._http.__aexit__(kind, error, traceback)
+
+    async def aclose(self) -> None:
+        """Close the connections; the client cannot be used afterwards."""
+        await self._http.aclose()
+
+    # The server
+
+    async def health(self) -> Health:
+        """Whether the server answers at all; asked once, never retried."""
+        return await self._fetch(self._routes.probe("health"), base.HEALTH)
+
+    async def ready(self) -> Readiness:
+        """Whether the server can work now; asked once, never retried. Raises `Unavailable` when it cannot."""
+        return await self._fetch(self._routes.probe("ready"), base.READINESS)
+
+    # Libraries
+
+    async def create_library(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        embedder: Mapping[str, Any] | None = None,
+        dimension: int | None = None,
+        metric: str | None = None,
+        language: str | None = None,
+        chunking: Mapping[str, int] | None = None,
+        metadata: Metadata | None = None,
+    ) -> Library:
+        """Create a library; `Conflict` when the name is taken.
+
+        `embedder` is {"provider": ..., "model": ..., "dimension": ...}; with the provider "none" you bring the vectors,
+        and `dimension` is required. `chunking` is {"size": ..., "overlap": ...}.
+        """
+        body = given(
+            name=name,
+            description=description,
+            embedder=embedder,
+            dimension=dimension,
+            metric=metric,
+            language=language,
+            chunking=chunking,
+            metadata=json_object(metadata),
+        )
+        return await self._fetch(self._routes.call("POST", "libraries", body=body), base.LIBRARY)
+
+    async def get_library(self, library: Name) -> Library:
+        """One library, by name or id."""
+        return await self._fetch(self._routes.call("GET", "libraries", library), base.LIBRARY)
+
+    def libraries(self, *, page_size: int | None = None) -> AsyncIterator[Library]:
+        """All libraries, fetched page by page."""
+        call = self._routes.call("GET", "libraries", params={"limit": page_size})
+        return self._items(call, base.LIBRARIES)
+
+    async def update_library(
+        self,
+        library: Name,
+        *,
+        name: str | UnsetType = UNSET,
+        description: str | UnsetType | None = UNSET,
+        chunking: Mapping[str, int] | UnsetType = UNSET,
+        metadata: Metadata | UnsetType = UNSET,
+    ) -> Library:
+        """Change what is given; None clears the description, in `metadata` (merged by RFC 7396) it removes a field."""
+        body = changed(name=name, description=description, chunking=chunking, metadata=patched_object(metadata))
+        # Under its old name a renamed library is not found again.
+        call = self._routes.call("PATCH", "libraries", library, body=body, repeatable=name is UNSET)
+        return await self._fetch(call, base.LIBRARY)
+
+    async def delete_library(self, library: Name) -> None:
+        """Delete a library and all that is in it."""
+        await self._answer(self._routes.call("DELETE", "libraries", library, gone_code="library_not_found"))
+
+    async def library_stats(self, library: Name) -> LibraryStats:
+        """How much a library holds, and how much of it waits for its embeddings."""
+        return await self._fetch(self._routes.call("GET", "libraries", library, "stats"), base.STATS)
+
+    # Documents
+
+    async def add_document(
+        self,
+        library: Name,
+        *,
+        key: str | None = None,
+        title: str | None = None,
+        text: str | None = None,
+        chunks: Iterable[NewChunk] | None = None,
+        source: str | None = None,
+        metadata: Metadata | None = None,
+        wait: bool | None = None,
+    ) -> Document:
+        """Store a document, given as `text` or as `chunks`; one with the same `key` is replaced.
+
+        With `wait=False` the server answers before the chunks are embedded. Without a key a lost answer is not retried.
+        """
+        body = base.new_document(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
+        path = ("libraries", library, "documents")
+        call = self._routes.call("POST", *path, params={"wait": wait}, body=body, repeatable=key is not None)
+        return await self._fetch(call, base.DOCUMENT)
+
+    async def put_document(
+        self,
+        library: Name,
+        document: Name,
+        *,
+        title: str | None = None,
+        text: str | None = None,
+        chunks: Iterable[NewChunk] | None = None,
+        source: str | None = None,
+        metadata: Metadata | None = None,
+        wait: bool | None = None,
+        if_match: int | None = None,
+    ) -> Document:
+        """Replace a document, or create it under a key; an id must exist. `if_match` is the version you have seen."""
+        body = base.new_document(title=title, text=text, chunks=chunks, source=source, metadata=metadata)
+        path = ("libraries", library, "documents", document)
+        call = self._routes.call("PUT", *path, params={"wait": wait}, body=body, if_match=if_match)
+        return await self._fetch(call, base.DOCUMENT)
+
+    async def get_document(self, library: Name, document: Name) -> Document:
+        """One document, by key or id."""
+        return await self._fetch(self._routes.call("GET", "libraries", library, "documents", document), base.DOCUMENT)
+
+    def documents(self, library: Name, *, page_size: int | None = None) -> AsyncIterator[Document]:
+        """All documents of a library in the order of their creation, fetched page by page."""
+        call = self._routes.call("GET", "libraries", library, "documents", params={"limit": page_size})
+        return self._items(call, base.DOCUMENTS)
+
+    async def update_document(
+        self,
+        library: Name,
+        document: Name,
+        *,
+        title: str | UnsetType | None = UNSET,
+        source: str | UnsetType | None = UNSET,
+        metadata: Metadata | UnsetType = UNSET,
+        if_match: int | None = None,
+    ) -> Document:
+        """Change what is given; None clears it, in `metadata` (merged by RFC 7396) it removes a field."""
+        body = changed(title=title, source=source, metadata=patched_object(metadata))
+        path = ("libraries", library, "documents", document)
+        return await self._fetch(self._routes.call("PATCH", *path, body=body, if_match=if_match), base.DOCUMENT)
+
+    async def delete_document(self, library: Name, document: Name, *, if_match: int | None = None) -> None:
+        """Delete a document with its chunks; `Conflict` when another table refers to it or `if_match` is stale."""
+        path = ("libraries", library, "documents", document)
+        await self._answer(self._routes.call("DELETE", *path, if_match=if_match, gone_code="document_not_found"))
+
+    # Chunks
+
+    def chunks(
+        self,
+        library: Name,
+        document: Name,
+        *,
+        include: Sequence[str] | None = None,
+        page_size: int | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """The chunks of a document in order, fetched page by page; `include=["embedding"]` adds their vectors."""
+        path = ("libraries", library, "documents", document, "chunks")
+        call = self._routes.call("GET", *path, params={"limit": page_size, "include": listed(include)})
+        return self._items(call, base.CHUNKS)
+
+    async def get_chunk(self, library: Name, chunk: Name, *, include: Sequence[str] | None = None) -> Chunk:
+        """One chunk, by id; `include=["embedding"]` adds its vector."""
+        path = ("libraries", library, "chunks", chunk)
+        return await self._fetch(self._routes.call("GET", *path, params={"include": listed(include)}), base.CHUNK)
+
+    async def update_chunk(
+        self,
+        library: Name,
+        chunk: Name,
+        *,
+        text: str | UnsetType = UNSET,
+        embedding: Vector | UnsetType = UNSET,
+        metadata: Metadata | UnsetType = UNSET,
+        wait: bool | None = None,
+    ) -> Chunk:
+        """Change a chunk in place; a new text without an embedding is embedded by the library's embedder."""
+        vector = UNSET if embedding is UNSET else numbers(embedding)
+        body = changed(text=text, embedding=vector, metadata=patched_object(metadata))
+        path = ("libraries", library, "chunks", chunk)
+        return await self._fetch(self._routes.call("PATCH", *path, params={"wait": wait}, body=body), base.CHUNK)
+
+    async def delete_chunk(self, library: Name, chunk: Name) -> None:
+        """Delete a chunk."""
+        path = ("libraries", library, "chunks", chunk)
+        await self._answer(self._routes.call("DELETE", *path, gone_code="chunk_not_found"))
+
+    # Search
+
+    async def search(
+        self,
+        library: Name,
+        query: str | None = None,
+        *,
+        vector: Vector | None = None,
+        mode: str | None = None,
+        k: int | None = None,
+        offset: int | None = None,
+        max_distance: float | None = None,
+        min_score: float | None = None,
+        include: Sequence[str] | None = None,
+        exact: bool | None = None,
+    ) -> SearchResult:
+        """The `k` (10) chunks nearest to a text or to a vector, best first, after skipping `offset`.
+
+        `include` names what each hit carries: "text", "metadata", "document" (these three by default), "embedding".
+        """
+        body = given(
+            query=query,
+            vector=numbers(vector),
+            mode=mode,
+            k=k,
+            offset=offset,
+            max_distance=max_distance,
+            min_score=min_score,
+            include=listed(include),
+            exact=exact,
+        )
+        call = self._routes.call("POST", "libraries", library, "search", body=body, reads=True)
+        return await self._fetch(call, base.SEARCH_RESULT)
+
+    # How a call is carried out
+
+    async def _fetch(self, call: base.Call, decoder: msgspec.json.Decoder[T]) -> T:
+        return base.decoded(await self._answer(call), decoder)
+
+    async def _items(self, call: base.Call, decoder: msgspec.json.Decoder[base.Page[T]]) -> AsyncIterator[T]:
+        page = await self._fetch(call, decoder)
+        while True:
+            for item in page.items:
+                yield item
+            if page.next is None:
+                return
+            page = await self._fetch(call.after(page.next), decoder)
+
+    async def _answer(self, call: base.Call) -> httpx2.Response:
+        attempts = Attempts(call, self._retries)
+        while True:
+            try:
+                response = await self._http.request(
+                    call.method, call.url, params=call.params, content=call.body, headers=call.headers
+                )
+            except httpx2.RequestError as error:
+                delay = attempts.after_failure(error)
+            else:
+                outcome = attempts.after_answer(response)
+                if outcome is None:
+                    return response
+                delay = outcome
+            await asyncio.sleep(delay)

@@ -1,0 +1,205 @@
+"""What both clients share and what never waits: addresses, bodies, decoding."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx2
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from .errors import UnexpectedAnswer
+from .types import (
+    Chunk,
+    Document,
+    Health,
+    Library,
+    LibraryStats,
+    Metadata,
+    Name,
+    NewChunk,
+    Readiness,
+    SearchResult,
+    Vector,
+)
+
+VERSION = version("pgshelf-client")
+DEFAULT_BASE_URL = "http://127.0.0.1:8432"
+DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
+
+T = TypeVar("T")
+Params = Mapping[str, str | int | bool | list[str] | None]
+
+
+class Page(msgspec.Struct, Generic[T], frozen=True):
+    items: list[T]
+    next: str | None = None
+
+
+CHUNK = msgspec.json.Decoder(Chunk)
+CHUNKS = msgspec.json.Decoder(Page[Chunk])
+DOCUMENT = msgspec.json.Decoder(Document)
+DOCUMENTS = msgspec.json.Decoder(Page[Document])
+HEALTH = msgspec.json.Decoder(Health)
+LIBRARIES = msgspec.json.Decoder(Page[Library])
+LIBRARY = msgspec.json.Decoder(Library)
+READINESS = msgspec.json.Decoder(Readiness)
+SEARCH_RESULT = msgspec.json.Decoder(SearchResult)
+STATS = msgspec.json.Decoder(LibraryStats)
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, and what may be done when it fails."""
+
+    method: str
+    url: str
+    params: dict[str, str | int | bool | list[str]] = {}
+    headers: dict[str, str] = {}
+    body: bytes | None = None
+    reads: bool = False  # changes nothing in the server
+    repeatable: bool = False  # carried out twice, it leaves what carrying it out once would have left
+    patient: bool = True  # worth sending again at all
+    gone_code: str | None = None  # the error of a DELETE whose earlier attempt had succeeded
+
+    def after(self, cursor: str) -> "Call":
+        """The same list's next page."""
+        return msgspec.structs.replace(self, params={**self.params, "after": cursor})
+
+
+class Routes:
+    """The addresses of one server, and the calls that go there."""
+
+    def __init__(self, base_url: str, api_prefix: str) -> None:
+        prefix = api_prefix.strip("/") and "/" + api_prefix.strip("/")
+        try:
+            url = httpx2.URL(base_url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"base_url is not an address: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+            raise ValueError(f"base_url must look like {DEFAULT_BASE_URL}, with a path at most; it is {url!r}")
+        origin = str(url.copy_with(path="/")).rstrip("/")
+        self.root = origin + url.raw_path.decode("ascii").rstrip("/").removesuffix(prefix)
+        self.api = self.root + prefix
+
+    def probe(self, name: str) -> Call:
+        """A question about the server's state, asked once: trying again would answer another question."""
+        return Call(method="GET", url=f"{self.root}/{name}", reads=True, patient=False)
+
+    def call(
+        self,
+        method: str,
+        *path: Name,
+        params: Params | None = None,
+        body: Mapping[str, Any] | None = None,
+        if_match: int | None = None,
+        reads: bool = False,
+        repeatable: bool | None = None,
+        gone_code: str | None = None,
+    ) -> Call:
+        """A request under the API's prefix. What is PUT, PATCHed or DELETEd is repeatable unless `if_match` is given.
+
+        With `if_match` it is not: had the first attempt succeeded unseen, the second would fail on the new version.
+        """
+        reads = reads or method == "GET"
+        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        return Call(
+            method=method,
+            url="/".join([self.api, *map(segment, path)]),
+            params={name: value for name, value in (params or {}).items() if value is not None},
+            headers=headers,
+            body=None if body is None else msgspec.json.encode(body),
+            reads=reads,
+            repeatable=reads or (method != "POST" and if_match is None if repeatable is None else repeatable),
+            gone_code=gone_code,
+        )
+
+
+def segment(name: Name) -> str:
+    """A name, key or id as one segment of a path, whatever characters it has."""
+    text = str(name)
+    if not text:
+        raise ValueError("a name, key or id must not be empty")
+    # Dots alone would be taken for steps through the path, by this client already.
+    return text.replace(".", "%2E") if text in (".", "..") else quote(text, safe="")
+
+
+def default_headers(api_key: str | None) -> dict[str, str]:
+    headers = {"Accept": "application/json", "User-Agent": f"pgshelf-client/{VERSION}"}
+    return headers if api_key is None else {**headers, "Authorization": f"Bearer {api_key}"}
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields of a new thing: None means left to the server."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    """The fields of a PATCH: None is a value there, UNSET means left alone."""
+    return {name: value for name, value in fields.items() if value is not UNSET}
+
+
+def new_document(
+    *,
+    key: str | None = None,
+    title: str | None,
+    text: str | None,
+    chunks: Iterable[NewChunk] | None,
+    source: str | None,
+    metadata: Metadata | None,
+) -> dict[str, Any]:
+    return given(
+        key=key,
+        title=title,
+        text=text,
+        chunks=None if chunks is None else [new_chunk(chunk) for chunk in chunks],
+        source=source,
+        metadata=json_object(metadata),
+    )
+
+
+def new_chunk(chunk: NewChunk) -> dict[str, Any]:
+    fields: dict[str, Any] = {**chunk}
+    converted = {"embedding": numbers(fields.get("embedding")), "metadata": json_object(fields.get("metadata"))}
+    return given(**{**fields, **converted})
+
+
+def numbers(vector: Vector | None) -> list[float] | None:
+    """A vector as plain floats; JSON would turn NaN and infinity into null without a word."""
+    if vector is None:
+        return None
+    if isinstance(vector, (str, bytes, bytearray)) or not (isinstance(vector, Sequence) or hasattr(vector, "tolist")):
+        raise TypeError(f"a vector is a sequence of numbers, not {type(vector).__name__}")
+    values = [float(value) for value in (vector if isinstance(vector, Sequence) else vector.tolist())]
+    if not all(map(math.isfinite, values)):
+        place, value = next((place, value) for place, value in enumerate(values) if not math.isfinite(value))
+        raise ValueError(f"vector[{place}] is {value}; all numbers must be finite")
+    return values
+
+
+def json_object(metadata: Metadata | None) -> msgspec.Raw | None:
+    """Metadata as JSON, refusing NaN: as null it would delete the field in a PATCH."""
+    if metadata is None:
+        return None
+    text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, default=msgspec.to_builtins)
+    return msgspec.Raw(text.encode())
+
+
+def patched_object(metadata: Metadata | UnsetType) -> msgspec.Raw | UnsetType | None:
+    return UNSET if metadata is UNSET else json_object(metadata)
+
+
+def listed(names: Sequence[str] | None) -> list[str] | None:
+    return [names] if isinstance(names, str) else None if names is None else list(names)
+
+
+def decoded(response: httpx2.Response, decoder: msgspec.json.Decoder[T]) -> T:
+    try:
+        return decoder.decode(response.content)
+    except msgspec.MsgspecError as error:
+        said = f"{response.request.method} {response.request.url} answered {response.status_code}"
+        raise UnexpectedAnswer(f"{said}, but not in the form of pgshelf: {error}") from error

@@ -1,0 +1,88 @@
+"""The one place where the parts meet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import License, Tag
+from litestar.router import Router
+
+from pgshelf import __version__, chunks, database, documents, health, http, libraries, search, worker
+from pgshelf.embedders import embedder_for
+from pgshelf.settings import Settings
+
+TAGS = [
+    Tag("libraries", "Documents that share an embedder, a dimension and a metric."),
+    Tag("documents", "What is stored: written whole, with all chunks, in one transaction."),
+    Tag("chunks", "The passages that are searched."),
+    Tag("search", "Find the nearest chunks."),
+    Tag("health", "For load balancers and operators."),
+]
+
+
+def create_app(settings: Settings) -> Litestar:
+    """The ASGI application over the database of `settings.database_url`, which must be set."""
+    if not settings.database_url:
+        raise ValueError("create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none")
+    engine = database.make_engine(settings, settings.database_url)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        if settings.embedder != "none":  # load the model before the first request needs it
+            await embedder_for(settings.embedder).embed(["pgshelf"], "query")
+        async with worker.running(engine, settings):
+            yield
+        await engine.dispose()
+
+    handlers = [libraries.router, documents.router, chunks.router, search.router]
+    app = Litestar(
+        route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router],
+        dependencies={
+            "engine": Provide(lambda: engine, sync_to_thread=False),
+            "settings": Provide(lambda: settings, sync_to_thread=False),
+        },
+        dto=http.Body,
+        return_dto=None,
+        response_class=http.Answer,
+        middleware=[http.decode_path],
+        exception_handlers={Exception: http.render_problem},
+        request_max_body_size=settings.max_body_bytes,
+        lifespan=[lifespan],
+        logging_config=None,
+        openapi_config=OpenAPIConfig(
+            title="pgshelf",
+            version=__version__,
+            description="A vector document store that lives in PostgreSQL.",
+            license=License("Apache-2.0", identifier="Apache-2.0"),
+            path="/schema",
+            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+            tags=TAGS,
+            use_handler_docstrings=True,
+        ),
+    )
+    app.asgi_handler = http.Edge(app.asgi_handler)
+    return app
+
+
+def from_environment() -> Litestar:
+    """The application of a serving process; `pgshelf serve` hands its settings down through the environment."""
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    settings = Settings.from_env(os.environ)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    return create_app(settings)
+
+
+def _die_with(parent: int) -> None:
+    """A worker whose parent was killed would go on holding the port; this ends it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,141 @@
+"""Chunks: the passages of a document, one by one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from litestar import Router, delete, get, patch
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import Parameter
+from msgspec import Meta
+from pgvector import Vector
+
+from pgshelf import database, limits
+from pgshelf.embedding import embed, library_config
+from pgshelf.errors import Problem, invalid
+from pgshelf.http import After, Answer, Config, Engine, Limit, Page, Wait, page_size, problems
+
+Include = Annotated[
+    list[Literal["embedding"]] | None, Parameter(description="`embedding` returns the vectors too.", max_items=1)
+]
+
+
+class PatchChunk(msgspec.Struct, forbid_unknown_fields=True):
+    """What shall change; a new text without an embedding is embedded anew. `metadata` is a merge patch (RFC 7396)."""
+
+    text: str | None = None
+    embedding: Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class Chunk(msgspec.Struct, omit_defaults=True):
+    """A passage of a document; `failed` ones were given up, `error` says why."""
+
+    id: UUID
+    document_id: UUID
+    ordinal: int
+    text: str
+    metadata: dict[str, Any]
+    status: str
+    error: str | None
+    embedding: list[float] | None = None
+
+
+COLUMNS = """c.id, c.document_id, c.ordinal, c.text, c.metadata, case when c.embedding is not null then 'ready'
+  when c.embed_after = 'infinity' then 'failed' else 'pending' end, c.embed_error, case when %s then c.embedding end"""
+
+
+@get(
+    "/libraries/{library:str}/documents/{document:str}/chunks",
+    responses=problems(404),
+    summary="List the chunks of a document",
+    operation_id="listChunks",
+)
+async def list_chunks(
+    library: str,
+    document: str,
+    engine: Engine,
+    settings: Config,
+    limit: Limit = None,
+    after: After = None,
+    include: Include = None,
+) -> Page[Chunk]:
+    """List chunks in their order."""
+    size = page_size(limit, settings)
+    if after is not None and not (after.isascii() and after.isdigit() and len(after) < 10):
+        raise invalid("after", "is not a cursor; send the `next` of the page before, unchanged")
+    rows = await database.run(
+        engine,
+        f"""select {COLUMNS} from (select pgshelf.library_named(%s) as l) x,
+        pgshelf.document_chunks(l, pgshelf.document_named((l).id, %s), %s, %s) c order by c.ordinal""",  # noqa: S608 - put together from constants
+        bool(include), library, document, int(after or -1), size + 1,
+    )  # fmt: skip
+    found = [_chunk(row) for row in rows]
+    return Page(found[:size], str(found[size - 1].ordinal) if len(found) > size else None)
+
+
+@get("/libraries/{library:str}/chunks/{chunk:str}", responses=problems(404), summary="Get a chunk", operation_id="getChunk")
+async def get_chunk(library: str, chunk: str, engine: Engine, include: Include = None) -> Chunk:
+    """Get a chunk by its id."""
+    rows = await database.run(
+        engine,
+        f"select {COLUMNS} from (select pgshelf.library_named(%s) as l) x, pgshelf.chunk_named(l, %s) c",  # noqa: S608 - put together from constants
+        bool(include), library, _id(chunk),
+    )  # fmt: skip
+    return _chunk(rows[0])
+
+
+@patch(
+    "/libraries/{library:str}/chunks/{chunk:str}",
+    responses={
+        202: ResponseSpec(Chunk, description="Stored; the chunk is pending", generate_examples=False),
+        **problems(404, 413, 415, 422, 502),
+    },
+    summary="Change a chunk in place",
+    operation_id="updateChunk",
+)
+async def update_chunk(
+    library: str, chunk: str, data: PatchChunk, engine: Engine, settings: Config, wait: Wait = True
+) -> Answer:
+    """Change text, embedding or metadata of a chunk; its id and its place stay."""
+    chunk_id = _id(chunk)
+    vector = None if data.embedding is None else limits.vector(data.embedding, "embedding")
+    metadata = None if data.metadata is None else limits.metadata(data.metadata, settings)
+    config = await library_config(engine, library)
+    if data.text is not None:
+        limits.required_text(data.text, settings.max_chunk_length, "text")
+        if vector is None and wait and config.embedder["provider"] != "none":
+            vector = (await embed(config.embedder, [data.text], "document", ["text"]))[0]
+    async with database.transaction(engine) as connection:
+        rows = await database.rows(
+            connection,
+            f"select {COLUMNS} from pgshelf.patch_chunk(%s, %s, %s, %s, %s) c",  # noqa: S608 - put together from constants
+            False, config.id, chunk_id, data.text, vector, metadata,
+        )  # fmt: skip
+        changed = _chunk(rows[0])
+        limits.metadata(changed.metadata, settings)
+    return Answer(changed, status_code=202 if changed.status == "pending" else 200)
+
+
+@delete("/libraries/{library:str}/chunks/{chunk:str}", responses=problems(404), summary="Delete a chunk", operation_id="deleteChunk")
+async def delete_chunk(library: str, chunk: str, engine: Engine) -> None:
+    """Delete a chunk; the ordinals of the others stay."""
+    chunk_id = _id(chunk)
+    await database.run(engine, "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)", library, chunk_id)
+
+
+def _id(chunk: str) -> UUID:
+    try:
+        return UUID(chunk)
+    except ValueError:
+        raise Problem("chunk_not_found", f"There is no chunk {chunk[:100]!r}: a chunk has a UUID.") from None
+
+
+def _chunk(row: tuple[Any, ...]) -> Chunk:
+    embedding: Vector | None = row[7]
+    return Chunk(*row[:7], embedding.to_list() if embedding is not None else None)
+
+
+router = Router("/", route_handlers=[list_chunks, get_chunk, update_chunk, delete_chunk], tags=["chunks"])

@@ -1,0 +1,236 @@
+"""The command line: `pgshelf serve | migrate | search | doctor | demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from pgshelf import __version__, doctor, embedded, migrate
+from pgshelf.settings import PREFIX, Settings, SettingsError
+
+
+class Failure(click.ClickException):
+    """Ends a command with one line that says what to do."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the line to stderr."""
+        click.echo(f"pgshelf: {self.message}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pgshelf")
+def main() -> None:
+    """A vector document store that lives in PostgreSQL.
+
+    Settings are environment variables, PGSHELF_*; without PGSHELF_DATABASE_URL a bundled PostgreSQL is started.
+    """
+
+
+def _settings(**overrides: Any) -> Settings:
+    try:
+        settings = Settings.from_env(os.environ, **overrides)
+    except SettingsError as error:
+        raise Failure(str(error)) from None
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    return settings
+
+
+@contextlib.contextmanager
+def _database(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServer | None]]:
+    """The URL to use, and the bundled server behind it where it is ours."""
+    if settings.database_url:
+        yield settings.database_url, None
+        return
+    try:
+        server = embedded.start(settings.data_dir, settings.postgres_version)
+    except embedded.EmbeddedError as error:
+        raise Failure(str(error)) from None
+    with server:
+        yield server.url(), server
+
+
+def _migrate(url: str, settings: Settings) -> None:
+    try:
+        migrate.upgrade(url, vector_schema=settings.vector_schema)
+    except migrate.MigrationError as error:
+        raise Failure(str(error)) from None
+
+
+@main.command()
+@click.option("--host", help="Address to listen on (PGSHELF_HOST).")
+@click.option("--port", type=int, help="Port to listen on (PGSHELF_PORT).")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+@click.option("--workers", type=int, help="Processes; the default is one for each core (PGSHELF_WORKERS).")
+@click.option("--reload", is_flag=True, help="Restart when the code changes, for development; needs pgshelf[reload].")
+def serve(host: str | None, port: int | None, data_dir: Path | None, workers: int | None, reload: bool) -> None:
+    """Serve the REST API."""
+    settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers)
+    _check_address(settings)
+    with _database(settings) as (url, server):
+        if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
+            _migrate(url, settings)
+        click.echo(_banner(settings, server))
+        os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
+        stop = threading.Event()
+        if server is not None:
+            threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()
+        try:
+            _serve(settings, reload)
+        finally:
+            stop.set()
+
+
+def _serve(settings: Settings, reload: bool) -> None:
+    from granian import Granian
+    from granian.constants import Interfaces
+    from granian.log import LogLevels
+
+    Granian(
+        "pgshelf.app:from_environment",
+        factory=True,
+        interface=Interfaces.ASGI,
+        address=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        respawn_failed_workers=True,
+        respawn_interval=0.5,
+        workers_kill_timeout=30,
+        websockets=False,
+        log_level=LogLevels.warning,
+        reload=reload,
+        reload_paths=[Path(__file__).parent] if reload else None,
+        process_name="pgshelf" if _has("setproctitle") else None,
+    ).serve()
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def _keep_running(server: embedded.EmbeddedServer, stop: threading.Event) -> None:
+    """Start the bundled PostgreSQL again when it dies under us."""
+    while not stop.wait(0.5):
+        try:
+            server.ensure_running()
+        except embedded.EmbeddedError as error:
+            logging.getLogger("pgshelf").error("%s", error)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The settings as worker processes read them."""
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    return {PREFIX + name.upper(): str(value) for name, value in values.items() if value is not None}
+
+
+def _check_address(settings: Settings) -> None:
+    if not _is_loopback(settings.host) and not settings.allow_unauthenticated:
+        raise Failure(
+            f"{settings.host} can be reached from other machines, and this version has no authentication. Listen on "
+            "127.0.0.1, or set PGSHELF_ALLOW_UNAUTHENTICATED=true where something in front of pgshelf authenticates."
+        )
+    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise Failure(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port.") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
+    default, shown = Settings(), settings.summary()
+    changed = [f"    {name} = {text}" for name, text in shown.items() if getattr(settings, name) != getattr(default, name)]
+    lines = [
+        f"pgshelf {__version__}",
+        f"  API      http://{settings.host}:{settings.port}{settings.api_prefix}   (reference: /schema, state: /ready)",
+        f"  database {shown['database_url'] if server is None else f'PostgreSQL {server.version}, bundled, in {server.data_dir}'}",
+    ]
+    if server is not None:
+        lines.append(f"  psql     {server.psql_command()}")
+    lines.append("  settings " + ("all at their defaults" if not changed else "that differ from the defaults:"))
+    return "\n".join([*lines, *changed])
+
+
+@main.command("migrate")
+@click.option("--sql", "as_sql", is_flag=True, help="Print the statements for a DBA instead of running them.")
+@click.option("--down-to", metavar="REVISION", help="Go back to a revision; `base` removes pgshelf from the database.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) -> None:
+    """Bring the schema `pgshelf` of the database up to date."""
+    settings = _settings(data_dir=data_dir)
+    if as_sql:
+        click.echo(migrate.offline_sql(vector_schema=settings.vector_schema))
+        return
+    with _database(settings) as (url, _):
+        if down_to is None:
+            _migrate(url, settings)
+            click.echo(f"the schema pgshelf is at revision {migrate.head()}")
+            return
+        try:
+            migrate.downgrade(url, down_to, vector_schema=settings.vector_schema)
+        except migrate.MigrationError as error:
+            raise Failure(str(error)) from None
+        click.echo(f"the schema pgshelf is back at {down_to}")
+
+
+@main.command()
+@click.argument("library")
+@click.argument("query")
+@click.option("-k", default=5, show_default=True, help="How many hits.")
+@click.option("--url", help="Of the service; the default is this machine's, by PGSHELF_PORT and PGSHELF_API_PREFIX.")
+@click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON lines.")
+def search(library: str, query: str, k: int, url: str | None, as_json: bool) -> None:
+    """Search LIBRARY of a running service for QUERY."""
+    from pgshelf_client import Client, PgshelfError
+
+    settings = _settings()
+    try:
+        prefix = settings.api_prefix
+        with Client(url or f"http://127.0.0.1:{settings.port}", api_prefix=prefix) as client:
+            result = client.search(library, query, k=k)
+    except PgshelfError as error:
+        raise Failure(str(error)) from None
+    for hit in result.hits:
+        if as_json:
+            click.echo(msgspec.json.encode(hit))
+        else:
+            first = " ".join((hit.text or "").split())[:160]
+            click.echo(f"{hit.score:.3f}  {hit.key or hit.document_id} #{hit.ordinal}\n       {first}")
+    if not result.hits and not as_json:
+        click.echo("nothing found")
+
+
+@main.command("doctor")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+def doctor_command(data_dir: Path | None) -> None:
+    """Look at the database and the settings, and say what to do."""
+    settings = _settings(data_dir=data_dir)
+    failed = False
+    with _database(settings) as (url, _):
+        for finding in doctor.examine(url, settings):
+            failed |= finding.level == "fail"
+            click.echo(f"{finding.level:<4}  {finding.text}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The one engine and its pool: vector types, transactions, and unwrapping of driver errors."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import psycopg.conninfo
+import sqlalchemy
+from pgvector.psycopg.vector import register_vector_info
+from psycopg.types import TypeInfo
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from pgshelf.errors import Problem
+from pgshelf.settings import Settings
+from pgshelf.timing import stage
+
+DIALECT = "postgresql+psycopg://"
+RETRIES = 3
+RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+# The type is found by its extension: search_path says nothing about where pgvector lives.
+VECTOR_TYPE = """
+select n.nspname || '.' || t.typname, t.oid, t.typarray from pg_catalog.pg_type t
+join pg_catalog.pg_namespace n on n.oid = t.typnamespace
+join pg_catalog.pg_extension e on e.extname = 'vector' and e.extnamespace = t.typnamespace
+where t.typname = 'vector'
+"""
+
+
+def dsn(url: str, **parameters: str | int) -> str:
+    """A libpq connection string from any form of one; SQLAlchemy's `postgresql+psycopg://` is understood too."""
+    return psycopg.conninfo.make_conninfo(url.replace("postgresql+psycopg://", "postgresql://", 1), **parameters)
+
+
+def migration_engine(url: str) -> sqlalchemy.Engine:
+    """One connection at a time, made for Alembic."""
+    target = dsn(url, application_name="pgshelf migrate")
+    return sqlalchemy.create_engine(DIALECT, creator=lambda: psycopg.connect(target), poolclass=NullPool)
+
+
+def connect(url: str, name: str) -> psycopg.Connection[Any]:
+    """A plain connection for commands that ask the server something; autocommit."""
+    return psycopg.connect(dsn(url, application_name=f"pgshelf {name}", connect_timeout=5), autocommit=True)
+
+
+def make_engine(settings: Settings, url: str) -> AsyncEngine:
+    """The pool of a serving process. Custom plans always: a generic one would lock every shelf."""
+    options = (
+        f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c lock_timeout={int(settings.lock_timeout * 1000)}"
+        " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
+    )
+    existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")
+    target = dsn(
+        url,
+        application_name="pgshelf serve",
+        connect_timeout=settings.connect_timeout,
+        options=f"{options} {existing}" if existing else options,
+    )
+
+    async def open_connection() -> psycopg.AsyncConnection[Any]:
+        connection = await psycopg.AsyncConnection.connect(target)
+        row = await (await connection.execute(VECTOR_TYPE)).fetchone()
+        await connection.rollback()
+        if row:  # absent before the first migration
+            register_vector_info(connection, TypeInfo(*row))
+        return connection
+
+    return create_async_engine(
+        DIALECT,
+        async_creator=open_connection,
+        pool_size=settings.pool_size,
+        max_overflow=0,
+        pool_timeout=settings.pool_timeout,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+        hide_parameters=True,
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A transaction; what the driver raises comes out as it is, without SQLAlchemy's wrapping."""
+    try:
+        with stage("sql"):
+            async with engine.begin() as connection:
+                yield connection
+    except PoolTimeout:
+        detail = f"No connection became free in time ({engine.pool.status()}). Try again, or raise PGSHELF_POOL_SIZE."
+        raise Problem("pool_exhausted", detail) from None
+    except DBAPIError as error:
+        raise (error.orig if isinstance(error.orig, psycopg.Error) else error) from None
+
+
+async def rows(connection: AsyncConnection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a statement with %s placeholders on the driver's own connection, within the transaction."""
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert isinstance(driver, psycopg.AsyncConnection)  # noqa: S101 - narrows the type: the engine is made for psycopg
+    async with driver.cursor(binary=True) as cursor:
+        await cursor.execute(statement.encode(), parameters)
+        return await cursor.fetchall() if cursor.description else []
+
+
+async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run one statement as a transaction of its own; deadlocks and serialization failures are tried again."""
+    for attempt in range(RETRIES):
+        try:
+            async with transaction(engine) as connection:
+                return await rows(connection, statement, *parameters)
+        except RETRIED:
+            if attempt == RETRIES - 1:
+                raise
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
+    raise AssertionError("unreachable")
+
+
+def now() -> sqlalchemy.ColumnElement[Any]:
+    """The transaction's time, by the database's clock."""
+    return sqlalchemy.func.now()
+
+
+def merge_patch(target: sqlalchemy.ColumnElement[Any], patch: Any) -> sqlalchemy.ColumnElement[Any]:
+    """RFC 7396, by the function in sql/."""
+    return sqlalchemy.func.pgshelf.merge_patch(target, sqlalchemy.cast(patch, JSONB))

@@ -1,0 +1,127 @@
+"""What an operator would check by hand: versions, extension, schema, roles, indexes, server settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+import psycopg
+
+from pgshelf import database, health
+from pgshelf.settings import Settings
+
+
+class Finding(msgspec.Struct):
+    """One line: `ok`, `warn` (works, could be better) or `fail` (does not work), and what to do."""
+
+    level: Literal["ok", "warn", "fail"]
+    text: str
+
+
+Connection = psycopg.Connection[Any]
+
+
+def examine(url: str, settings: Settings) -> Iterator[Finding]:
+    """Look at everything; stops at the first finding behind which nothing else can be seen."""
+    try:
+        connection = database.connect(url, "doctor")
+    except psycopg.Error as error:
+        yield Finding("fail", f"the database cannot be reached: {str(error).strip()}. Check PGSHELF_DATABASE_URL.")
+        return
+    with connection:
+        for look in (_server, _extension, _schema, _roles, _indexes, _pending, _parameters):
+            try:
+                yield from look(connection)
+            except psycopg.Error as error:
+                yield Finding("fail", f"{look.__name__.strip('_')}: {str(error).strip()}")
+    yield from _connections(settings)
+
+
+def _one(connection: Connection, statement: str, *parameters: Any) -> tuple[Any, ...] | None:
+    return connection.execute(statement.encode(), parameters).fetchone()
+
+
+def _setting(connection: Connection, name: str) -> str:
+    row = _one(connection, "select current_setting(%s)", name)
+    return str(row[0]) if row else ""
+
+
+def _server(connection: Connection) -> Iterator[Finding]:
+    version = connection.info.server_version // 10000
+    level: Literal["ok", "fail"] = "ok" if 16 <= version <= 18 else "fail"
+    todo = "" if level == "ok" else "; pgshelf is made for 16 to 18"
+    yield Finding(level, f"PostgreSQL {_setting(connection, 'server_version')}{todo}")
+    if _setting(connection, "server_encoding") != "UTF8":
+        yield Finding("fail", "the database is not encoded in UTF8; create one that is")
+    if (_one(connection, "select pg_is_in_recovery()") or (False,))[0]:
+        yield Finding("warn", "the server is a standby: it answers searches and takes no writes")
+
+
+def _extension(connection: Connection) -> Iterator[Finding]:
+    row = _one(connection, "select extversion from pg_extension where extname = 'vector'")
+    if row is None:
+        yield Finding("fail", "pgvector is not installed here: create extension vector (pgshelf migrate does it where it may)")
+        return
+    version = tuple(int(part) for part in row[0].split(".")[:3])
+    if version < (0, 8, 0):
+        yield Finding("fail", f"pgvector {row[0]} is too old; install 0.8.0 or newer, then: alter extension vector update")
+    elif version < (0, 8, 6):
+        yield Finding("warn", f"pgvector {row[0]} works; 0.8.6 or newer repairs links that older ones lose after vacuum")
+    else:
+        yield Finding("ok", f"pgvector {row[0]}")
+
+
+def _schema(connection: Connection) -> Iterator[Finding]:
+    revision, fingerprint = health.expected()
+    if _one(connection, "select to_regclass('pgshelf.installation')") == (None,):
+        yield Finding("fail", "the schema pgshelf is missing; run pgshelf migrate")
+        return
+    row = _one(connection, health.INSTALLED)
+    found = row[:2] if row else ()
+    if found == (revision, fingerprint):
+        yield Finding("ok", f"the schema is at revision {revision}, with the functions of this version")
+    else:
+        yield Finding("fail", f"the schema is not that of this version (wanted revision {revision}); run pgshelf migrate")
+
+
+def _roles(connection: Connection) -> Iterator[Finding]:
+    for role in ("pgshelf_reader", "pgshelf_writer"):
+        if _one(connection, "select 1 from pg_roles where rolname = %s", role) is None:
+            yield Finding("warn", f"the role {role} is missing: a DBA runs create role {role} nologin, then pgshelf migrate")
+        elif not (_one(connection, "select has_schema_privilege(%s, 'pgshelf', 'usage')", role) or (False,))[0]:
+            yield Finding("warn", f"the role {role} has no grants here; run pgshelf migrate")
+        else:
+            yield Finding("ok", f"role {role}")
+
+
+def _indexes(connection: Connection) -> Iterator[Finding]:
+    rows = connection.execute(
+        "select i.indexrelid::regclass::text from pg_index i join pg_class c on c.oid = i.indexrelid"
+        " join pg_namespace n on n.oid = c.relnamespace where n.nspname = 'pgshelf' and not i.indisvalid"
+    ).fetchall()
+    for (name,) in rows:
+        yield Finding("fail", f"the index {name} is invalid; run: reindex index concurrently {name}")
+    if not rows:
+        yield Finding("ok", "all indexes are valid")
+
+
+def _pending(connection: Connection) -> Iterator[Finding]:
+    row = _one(connection, "select count(*), count(*) filter (where failed), max(error) from pgshelf.pending_embeddings")
+    waiting, failed, error = row or (0, 0, None)
+    if failed:
+        yield Finding("warn", f"{failed} chunks could not be embedded, the last reason: {error}")
+    yield Finding("ok", f"{waiting - failed} chunks wait for their vectors")
+
+
+def _parameters(connection: Connection) -> Iterator[Finding]:
+    for name in ("fsync", "full_page_writes", "synchronous_commit"):
+        if _setting(connection, name) == "off":
+            yield Finding("warn", f"{name} is off: acknowledged writes can be lost when the machine fails")
+    if int(_setting(connection, "max_locks_per_transaction")) < 128:
+        yield Finding("warn", "max_locks_per_transaction is below 128; raise it before there are thousands of libraries")
+
+
+def _connections(settings: Settings) -> Iterator[Finding]:
+    wanted = settings.workers * settings.pool_size
+    yield Finding("ok", f"serve opens up to {wanted} connections ({settings.workers} workers x {settings.pool_size})")

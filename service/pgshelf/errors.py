@@ -1,0 +1,178 @@
+"""Everything that can go wrong, once: codes, and how SQLSTATEs and exceptions become them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import psycopg
+from litestar.exceptions import HTTPException, SerializationException, ValidationException
+
+# code -> (status, title). The detail of an answer says what to do about this very case.
+CODES: dict[str, tuple[int, str]] = {
+    "invalid_json": (400, "The body cannot be read"),
+    "validation_failed": (400, "The request is not valid"),
+    "invalid_text": (400, "The text cannot be stored"),
+    "library_not_found": (404, "No such library"),
+    "document_not_found": (404, "No such document"),
+    "chunk_not_found": (404, "No such chunk"),
+    "route_not_found": (404, "No such address"),
+    "method_not_allowed": (405, "The address does not take this method"),
+    "library_exists": (409, "A library of this name exists"),
+    "referenced": (409, "Something else references the document"),
+    "version_mismatch": (409, "The document has changed"),
+    "conflict": (409, "The write conflicts with another one"),
+    "body_too_large": (413, "The body is too large"),
+    "unsupported_media_type": (415, "The content type is not supported"),
+    "wrong_dimension": (422, "The vector has the wrong dimension"),
+    "zero_vector": (422, "The vector is zero"),
+    "invalid_vector": (422, "The vector cannot be used"),
+    "embedding_required": (422, "A vector is missing"),
+    "embedder_not_configured": (422, "The embedder cannot be used here"),
+    "no_embedder": (422, "The library has no embedder"),
+    "text_not_embeddable": (422, "The text cannot be embedded"),
+    "mode_unavailable": (422, "The search mode is not available"),
+    "too_complex": (422, "The request exceeds what PostgreSQL can store or run"),
+    "internal_error": (500, "Something went wrong inside pgshelf"),
+    "embedder_failed": (502, "The embedding provider failed"),
+    "database_unavailable": (503, "The database is not available"),
+    "embedder_unavailable": (503, "The embedding provider is not available"),
+    "pool_exhausted": (503, "All database connections are busy"),
+    "lock_timeout": (503, "Another operation holds what this one needs"),
+    "read_only": (503, "The database accepts no writes now"),
+    "storage_full": (503, "The database has no space left"),
+    "not_migrated": (503, "The database schema is missing or outdated"),
+    "not_ready": (503, "The service is not ready"),
+    "timeout": (504, "The request took too long"),
+}
+RETRY_AFTER = {503: 1, 504: 1}  # seconds, where nothing better is known
+
+SQLSTATES: dict[str, str] = {
+    "PS001": "library_not_found",
+    "PS002": "document_not_found",
+    "PS003": "chunk_not_found",
+    "PS010": "wrong_dimension",
+    "PS011": "zero_vector",
+    "PS012": "invalid_vector",
+    "PS013": "embedding_required",
+    "PS020": "version_mismatch",
+    "PS030": "validation_failed",
+    "PS040": "lock_timeout",
+    "PS900": "not_migrated",
+    "22021": "invalid_text",
+    "22P05": "invalid_text",
+    "23503": "referenced",
+    "23505": "conflict",
+    "25006": "read_only",
+    "3F000": "not_migrated",
+    "40001": "conflict",
+    "40P01": "conflict",
+    "42P01": "not_migrated",
+    "42704": "not_migrated",
+    "42883": "not_migrated",
+    "53100": "storage_full",
+    "55P03": "lock_timeout",
+    "57014": "timeout",
+}
+# The first two characters, where the state itself is not above.
+CLASSES: dict[str, str] = {
+    "08": "database_unavailable",
+    "22": "validation_failed",
+    "23": "validation_failed",
+    "53": "database_unavailable",
+    "54": "too_complex",
+    "57": "database_unavailable",
+    "58": "database_unavailable",
+}
+CONSTRAINTS = {"libraries_name_key": "library_exists"}
+# What the database says of these tells of our insides; the answer says something of its own.
+SILENT = {
+    "internal_error": "It has been logged under the request id. Try again, and report it when it stays.",
+    "database_unavailable": "pgshelf cannot reach PostgreSQL, or it is starting or stopping. Try again shortly.",
+    "not_migrated": "Run `pgshelf migrate` against this database, with the version of pgshelf that serves.",
+    "timeout": "The statement was stopped at PGSHELF_STATEMENT_TIMEOUT. Ask for less, or try again when there is less load.",
+    "lock_timeout": "Try again shortly.",
+    "storage_full": "Nothing was written. Free space on the database server, then try again.",
+    "read_only": "Nothing was written. The server is a standby or set to read only; try again when a primary answers.",
+    "conflict": "Nothing was written. Try again.",
+    "invalid_text": "PostgreSQL stores no NUL characters (\\u0000) and no broken Unicode. Take them out of texts and metadata.",
+    "library_exists": "Choose another name, or use the library that is there.",
+    "referenced": "A table of another application holds a foreign key to it. Delete or change that row first.",
+}
+
+
+class Problem(Exception):
+    """An answer that is an error: raise it anywhere below a handler. `errors` lists {path, message} for validation."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: list[dict[str, str]] | None = None,
+        sqlstate: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.errors, self.sqlstate = code, detail, errors, sqlstate
+        self.status, self.title = CODES[code]
+        self.headers = headers or {}
+        wait = retry_after if retry_after is not None else RETRY_AFTER.get(self.status)
+        if wait is not None:
+            self.headers["Retry-After"] = str(max(1, round(wait)))
+
+
+def invalid(path: str, message: str) -> Problem:
+    """A 400 about one field, named by its path in the request."""
+    return Problem("validation_failed", f"{path}: {message}", errors=[{"path": path, "message": message}])
+
+
+def problem_of(error: Exception) -> Problem:
+    """The problem that any exception is to a client."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, psycopg.Error):
+        return _of_database(error)
+    if isinstance(error, msgspec.ValidationError):
+        message, _, path = str(error).partition(" - at `")
+        return invalid(path.rstrip("`").removeprefix("$").removeprefix(".") or "body", message)
+    if isinstance(error, (msgspec.DecodeError, SerializationException)):
+        return Problem("invalid_json", f"The body could not be decoded: {error}. Send JSON or MessagePack.")
+    if isinstance(error, HTTPException):
+        return _of_litestar(error)
+    if isinstance(error, (UnicodeError, RecursionError)):
+        return Problem("invalid_text" if isinstance(error, UnicodeError) else "invalid_json", SILENT["invalid_text"])
+    return Problem("internal_error", SILENT["internal_error"])
+
+
+def _of_database(error: psycopg.Error) -> Problem:
+    state = error.sqlstate
+    if state is None:  # raised by the driver itself
+        if isinstance(error, psycopg.DataError):
+            return Problem("invalid_text", SILENT["invalid_text"])
+        return Problem("database_unavailable", SILENT["database_unavailable"])
+    code = CONSTRAINTS.get(error.diag.constraint_name or "") or SQLSTATES.get(state) or CLASSES.get(state[:2])
+    if code is None:
+        return Problem("internal_error", SILENT["internal_error"], sqlstate=state)
+    said = [part.rstrip(".") for part in (error.diag.message_primary, error.diag.message_hint) if part]
+    return Problem(code, SILENT.get(code, ". ".join(part[0].upper() + part[1:] for part in said) + "."), sqlstate=state)
+
+
+def _of_litestar(error: HTTPException) -> Problem:
+    if isinstance(error, ValidationException):
+        found: list[dict[str, Any]] = [item for item in error.extra or [] if isinstance(item, dict)]
+        if any(item.get("key") == "data" for item in found):  # the handler's parameter: no body came
+            return invalid("body", "is missing; send a JSON object")
+        errors = [{"path": str(item.get("key", "body")), "message": str(item.get("message", ""))} for item in found]
+        detail = "; ".join(f"{item['path']}: {item['message']}" for item in errors) or error.detail
+        return Problem("validation_failed", detail, errors=errors or None)
+    if error.status_code == 404:
+        return Problem("route_not_found", "There is nothing at this address; /schema lists what there is.")
+    if error.status_code == 405:
+        return Problem("method_not_allowed", "/schema lists the methods of this address.", headers=error.headers or {})
+    if error.status_code == 413:
+        return Problem("body_too_large", "Send less at a time; PGSHELF_MAX_BODY_BYTES is the limit.")
+    if error.status_code < 500:
+        return Problem("validation_failed", error.detail)
+    return Problem("internal_error", SILENT["internal_error"])

@@ -1,0 +1,76 @@
+"""Is the process alive, and can it serve."""
+
+from __future__ import annotations
+
+import functools
+
+import msgspec
+import psycopg
+from litestar import Router, get
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf import __version__, database, migrate
+from pgshelf.errors import Problem
+from pgshelf.http import Engine, problems
+
+INSTALLED = """
+select (select version_num from pgshelf.alembic_version), (select sql_hash from pgshelf.installation),
+  (select extversion from pg_catalog.pg_extension where extname = 'vector')
+"""
+
+
+class Health(msgspec.Struct):
+    """The process runs."""
+
+    status: str
+    version: str
+
+
+class Checks(msgspec.Struct):
+    """What was looked at: the database answers, the revision of its schema, the version of pgvector."""
+
+    database: str
+    schema: str
+    pgvector: str
+
+
+class Ready(msgspec.Struct):
+    """The service can serve."""
+
+    status: str
+    checks: Checks
+
+
+@functools.cache
+def expected() -> tuple[str, str]:
+    """The revision and the fingerprint of sql/ that this code was made for."""
+    return migrate.head(), migrate.sql_hash()
+
+
+async def check(engine: AsyncEngine) -> Checks:
+    """Raise what keeps this process from serving."""
+    try:
+        revision, sql_hash, pgvector = (await database.run(engine, INSTALLED))[0]
+    except psycopg.errors.UndefinedTable:
+        raise Problem("not_ready", "The schema pgshelf is missing: run `pgshelf migrate`.") from None
+    if (revision, sql_hash) != expected():
+        detail = f"The schema is at revision {revision}, this code wants {expected()[0]}: run `pgshelf migrate`."
+        if revision == expected()[0]:
+            detail = "The functions in the database are those of another version: run `pgshelf migrate`."
+        raise Problem("not_ready", detail)
+    return Checks("ok", revision, pgvector)
+
+
+@get("/health", summary="Is the process alive", operation_id="health")
+async def health() -> Health:
+    """Answer without looking at anything else."""
+    return Health("ok", __version__)
+
+
+@get("/ready", responses=problems(503), summary="Can the service serve", operation_id="ready")
+async def ready(engine: Engine) -> Ready:
+    """Ask the database; 503 says what is missing."""
+    return Ready("ready", await check(engine))
+
+
+router = Router("/", route_handlers=[health, ready], tags=["health"])

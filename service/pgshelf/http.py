@@ -1,0 +1,246 @@
+"""What every request shares: strict bodies, answers in JSON or MessagePack, problems, request ids, timings, pages."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import time
+import uuid
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from urllib.parse import unquote
+
+import msgspec
+from litestar import Request, Response
+from litestar.datastructures import MutableScopeHeaders
+from litestar.dto import AbstractDTO
+from litestar.enums import MediaType
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import Dependency, Parameter
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf.errors import Problem, invalid, problem_of
+from pgshelf.settings import Settings
+from pgshelf.timing import stage, stages
+
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("pgshelf")
+T = TypeVar("T")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
+
+Engine = Annotated[AsyncEngine, Dependency(skip_validation=True)]
+Config = Annotated[Settings, Dependency(skip_validation=True)]
+Limit = Annotated[int | None, Parameter(ge=1, description="How many items at most.")]
+After = Annotated[str | None, Parameter(max_length=500, description="The `next` of the page before.")]
+Wait = Annotated[bool, Parameter(description="false stores now and embeds later: 202 while chunks are pending.")]
+IfMatch = Annotated[
+    str | None,
+    Parameter(header="If-Match", max_length=100, description="The ETag that the document must still have."),
+]
+
+
+class Page(msgspec.Struct, Generic[T]):
+    """One page of a list; `next` is null at the end."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class FieldError(msgspec.Struct):
+    """One finding of a validation: where, and what."""
+
+    path: str
+    message: str
+
+
+class ProblemBody(msgspec.Struct, omit_defaults=True):
+    """An error, RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    sqlstate: str | None = None
+    errors: list[FieldError] | None = None
+
+
+def problems(*statuses: int) -> dict[int, ResponseSpec]:
+    """What a route documents of its errors; those that any route may answer are added."""
+    return {
+        status: ResponseSpec(ProblemBody, generate_examples=False, media_type="application/problem+json", description=text)
+        for status, text in PROBLEMS.items()
+        if status in {400, 500, 503, 504, *statuses}
+    }
+
+
+PROBLEMS = {
+    400: "Malformed or invalid",
+    404: "Not found",
+    409: "Conflict, or a stale If-Match",
+    413: "Too large",
+    415: "Content type not supported",
+    422: "Well-formed but impossible here",
+    500: "Internal error",
+    502: "The embedding provider failed",
+    503: "Database or provider unavailable; see Retry-After",
+    504: "Timed out",
+}
+
+
+class Body(AbstractDTO[Any]):
+    """Decodes a request's body strictly: no unknown fields, no coercion, JSON or MessagePack."""
+
+    @classmethod
+    def create_for_field_definition(cls, *_: Any, **__: Any) -> None:
+        """Nothing to prepare: the structs are the transfer models."""
+
+    @classmethod
+    def create_openapi_schema(cls, field_definition: Any, handler_id: str, schema_creator: Any) -> Any:
+        """The schema of the struct itself."""
+        return schema_creator.for_field_definition(field_definition)
+
+    def decode_bytes(self, value: bytes) -> Any:
+        """The body as the struct that the handler asks for."""
+        request = self.asgi_connection
+        model: Any = request.route_handler.parsed_data_field.annotation  # type: ignore[union-attr]  # it has one, or no DTO
+        with stage("decode"):
+            if _media_type(request.headers.get("content-type", "")) in MSGPACK_TYPES:
+                return msgspec.msgpack.decode(value, type=model)
+            return msgspec.json.decode(value, type=model)
+
+
+class Answer(Response[Any]):
+    """An answer in the format that the client prefers."""
+
+    def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **options: Any) -> Any:
+        """Render as MessagePack where `Accept` names it, else as JSON."""
+        with stage("encode"):
+            if self.media_type is None and _media_type(request.headers.get("accept", "")) in MSGPACK_TYPES:
+                self.media_type = MediaType.MESSAGEPACK
+            return super().to_asgi_response(app, request, **options)
+
+
+def render_problem(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemBody]:
+    """The exception handler of the whole application."""
+    problem = problem_of(error)
+    request_id = str(request.scope.get("pgshelf_request_id", ""))
+    if problem.status >= 500:
+        known = isinstance(error, Problem) or problem.code != "internal_error"
+        log.error("%s %s: %s", request_id, problem.code, error, exc_info=None if known else error)
+    body = ProblemBody(
+        type=f"urn:pgshelf:error:{problem.code}",
+        title=problem.title,
+        status=problem.status,
+        detail=problem.detail,
+        instance=request.scope["path"],
+        code=problem.code,
+        request_id=request_id,
+        sqlstate=problem.sqlstate,
+        errors=[FieldError(**item) for item in problem.errors] if problem.errors else None,
+    )
+    return Response(
+        body, status_code=problem.status, headers=problem.headers, media_type="application/problem+json"
+    )
+
+
+def _media_type(header: str) -> str:
+    return header.split(",")[0].split(";")[0].strip().lower()
+
+
+class Edge:
+    """Wraps the application: routes on the path as it was sent, checks the content type, adds ids and timings."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, spent = time.perf_counter(), dict[str, float]()
+        stages.set(spent)
+        headers = dict(scope["headers"])
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope["pgshelf_request_id"] = request_id  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
+        # keys may hold "/" as %2F, so routing must see the path undecoded; decode_path does the rest
+        if raw := scope.get("raw_path"):
+            scope["path"] = raw.split(b"?")[0].decode("latin-1")
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                out = MutableScopeHeaders.from_message(message)
+                out["X-Request-Id"] = request_id
+                spent["total"] = (time.perf_counter() - started) * 1000
+                out["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def decode_path(app: ASGIApp) -> ASGIApp:
+    """Behind routing: percent-decode path parameters once, and refuse bodies that are neither JSON nor MessagePack."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope["path_params"] = {
+                    name: unquote(value, errors="strict") if isinstance(value, str) else value
+                    for name, value in scope["path_params"].items()
+                }
+            except UnicodeDecodeError:
+                raise invalid("path", "is not valid UTF-8 behind its percent-encoding") from None
+            _check_content_type(scope)
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def _check_content_type(scope: Any) -> None:
+    if scope["method"] not in {"POST", "PUT", "PATCH"}:
+        return
+    header = dict(scope["headers"]).get(b"content-type", b"application/json").decode("latin-1")
+    if _media_type(header) not in {"application/json", *MSGPACK_TYPES}:
+        raise Problem("unsupported_media_type", f"Send application/json or application/msgpack, not {header[:100]!r}.")
+
+
+def page_size(limit: int | None, settings: Settings) -> int:
+    """The size of a page: 100 unless asked otherwise, at most PGSHELF_MAX_PAGE."""
+    if limit is not None and limit > settings.max_page:
+        raise invalid("limit", f"at most {settings.max_page}")
+    return limit or min(100, settings.max_page)
+
+
+def cursor(moment: datetime, row_id: uuid.UUID) -> str:
+    """Where a page ended, opaque to clients."""
+    return base64.urlsafe_b64encode(msgspec.msgpack.encode((moment.isoformat(), row_id.bytes))).decode().rstrip("=")
+
+
+def position(after: str | None) -> tuple[datetime | None, uuid.UUID | None]:
+    """What `cursor` wrote; nothing for the first page."""
+    if after is None:
+        return None, None
+    try:
+        moment, row_id = msgspec.msgpack.decode(
+            base64.urlsafe_b64decode(after.encode("ascii") + b"=" * (-len(after) % 4)), type=tuple[str, bytes]
+        )
+        return datetime.fromisoformat(moment), uuid.UUID(bytes=row_id)
+    except (ValueError, msgspec.DecodeError):
+        raise invalid("after", "is not a cursor; send the `next` of the page before, unchanged") from None
+
+
+def wanted_version(if_match: str | None) -> int | None:
+    """The version that an If-Match names; `*` names any."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    tag = if_match.strip().removeprefix("W/").strip('"')
+    if not re.fullmatch(r"[0-9]{1,18}", tag):
+        raise invalid("If-Match", 'is not an ETag of pgshelf, such as "3"')
+    return int(tag)

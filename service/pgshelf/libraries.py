@@ -1,0 +1,273 @@
+"""Libraries: create, read, change, delete, numbers."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from litestar import Router, delete, get, patch, post
+from msgspec import UNSET, Meta, UnsetType
+from sqlalchemy import insert, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from pgshelf import database, limits
+from pgshelf.embedders import PROVIDERS, embedder_for
+from pgshelf.errors import Problem, invalid
+from pgshelf.http import After, Answer, Config, Engine, Limit, Page, cursor, page_size, position, problems
+from pgshelf.settings import Settings
+from pgshelf.tables import libraries
+
+UUID_LIKE = re.compile(r"\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\}?", re.IGNORECASE)
+Name = Annotated[str, Meta(min_length=1, max_length=128, examples=["handbook"])]
+Description = Annotated[str, Meta(max_length=2000)]
+Metric = Literal["cosine", "l2", "inner_product", "l1"]
+
+
+class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """Who shall make the vectors; with `none` the client brings them."""
+
+    provider: Annotated[str, Meta(max_length=64, examples=["local"])]
+    model: Annotated[str, Meta(max_length=200)] | None = None
+    dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
+
+
+class ChunkingChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """How `text` shall be split, in characters."""
+
+    size: Annotated[int, Meta(ge=50, le=20_000)] | None = None
+    overlap: Annotated[int, Meta(ge=0, le=10_000)] | None = None
+
+
+class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
+    """A new library. Only the name is required."""
+
+    name: Name
+    description: Description | None = None
+    embedder: EmbedderChoice | None = None
+    dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
+    metric: Metric = "cosine"
+    language: Annotated[str, Meta(min_length=1, max_length=63)] = "english"
+    chunking: ChunkingChoice | None = None
+    metadata: dict[str, Any] = {}
+
+
+class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
+    """What shall change; `metadata` is a merge patch (RFC 7396)."""
+
+    name: Name | UnsetType = UNSET
+    description: Description | None | UnsetType = UNSET
+    chunking: ChunkingChoice | UnsetType = UNSET
+    metadata: dict[str, Any] | UnsetType = UNSET
+
+
+class EmbedderUsed(msgspec.Struct):
+    """Who makes the vectors of a library."""
+
+    provider: str
+    dimension: int
+    model: str | None = None
+
+
+class Chunking(msgspec.Struct):
+    """How `text` is split, in characters."""
+
+    size: int
+    overlap: int
+
+
+class Library(msgspec.Struct):
+    """A library: documents that share an embedder, a dimension and a metric."""
+
+    id: UUID
+    name: str
+    description: str | None
+    dimension: int
+    metric: str
+    embedder: EmbedderUsed
+    chunking: Chunking
+    language: str
+    metadata: dict[str, Any]
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class IndexState(msgspec.Struct):
+    """The index of a library: small libraries are searched exactly, without one."""
+
+    type: str
+    state: str
+    progress: float
+
+
+class Stats(msgspec.Struct):
+    """Numbers of a library; `bytes` counts its rows without indexes."""
+
+    documents: int
+    chunks: int
+    pending: int
+    failed: int
+    bytes: int
+    shelf: int
+    index: IndexState
+
+
+COLUMNS = [libraries.c[name] for name in Library.__struct_fields__]
+LIBRARY_PROBLEMS = problems(404)
+
+
+@post("/libraries", responses=problems(409, 413, 415, 422), summary="Create a library", operation_id="createLibrary")
+async def create_library(data: CreateLibrary, engine: Engine, settings: Config) -> Answer:
+    """Create a library; its embedder, dimension and metric are fixed from then on."""
+    provider, model, dimension = _embedder(data, settings)
+    size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
+    values = {
+        "name": _name(data.name),
+        "description": data.description,
+        "dimension": dimension,
+        "metric": data.metric,
+        "embedder": {"provider": provider, "model": model, "dimension": dimension},
+        "chunking": {"size": size, "overlap": overlap},
+        "language": data.language,
+        "metadata": limits.metadata(data.metadata, settings).obj,
+        "index": {"type": "auto"},
+    }
+    async with database.transaction(engine) as connection:
+        await _check_language(connection, data.language)
+        row = (await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one()
+    library = _library(row)
+    return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
+
+
+@get("/libraries", responses=problems(), summary="List libraries", operation_id="listLibraries")
+async def list_libraries(engine: Engine, settings: Config, limit: Limit = None, after: After = None) -> Page[Library]:
+    """List libraries, oldest first."""
+    size = page_size(limit, settings)
+    moment, last = position(after)
+    query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None))
+    if moment is not None:
+        query = query.where(tuple_(libraries.c.created_at, libraries.c.id) > (moment, last))
+    async with database.transaction(engine) as connection:
+        query = query.order_by(libraries.c.created_at, libraries.c.id).limit(size + 1)
+        found = [_library(row) for row in await connection.execute(query)]
+    more = found[size - 1] if len(found) > size else None
+    return Page(found[:size], cursor(more.created_at, more.id) if more else None)
+
+
+@get("/libraries/{library:str}", responses=LIBRARY_PROBLEMS, summary="Get a library", operation_id="getLibrary")
+async def get_library(library: str, engine: Engine) -> Library:
+    """Get a library by its name or id."""
+    async with database.transaction(engine) as connection:
+        return await _find(connection, library)
+
+
+@patch(
+    "/libraries/{library:str}",
+    responses=problems(404, 409, 413, 415),
+    summary="Change a library",
+    operation_id="updateLibrary",
+)
+async def update_library(library: str, data: PatchLibrary, engine: Engine, settings: Config) -> Library:
+    """Change name, description, chunking or metadata; chunking counts for documents written from now on."""
+    async with database.transaction(engine) as connection:
+        now = await _find(connection, library, lock=True)
+        values: dict[str, Any] = {"version": libraries.c.version + 1, "updated_at": database.now()}
+        if data.name is not UNSET:
+            values["name"] = _name(data.name)
+        if data.description is not UNSET:
+            values["description"] = data.description
+        if data.chunking is not UNSET:
+            size, overlap = _chunking(data.chunking, now.chunking.size, now.chunking.overlap)
+            values["chunking"] = {"size": size, "overlap": overlap}
+        if data.metadata is not UNSET:
+            patched = limits.metadata(data.metadata, settings)
+            values["metadata"] = database.merge_patch(libraries.c.metadata, patched.obj)
+        change = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
+        changed = _library((await connection.execute(change)).one())
+        limits.metadata(changed.metadata, settings)
+    return changed
+
+
+@delete("/libraries/{library:str}", responses=problems(404, 409), summary="Delete a library", operation_id="deleteLibrary")
+async def delete_library(library: str, engine: Engine) -> None:
+    """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
+    await database.run(engine, "select pgshelf.delete_library(%s)", library)
+
+
+@get("/libraries/{library:str}/stats", responses=LIBRARY_PROBLEMS, summary="Numbers of a library", operation_id="libraryStats")
+async def library_stats(library: str, engine: Engine) -> Stats:
+    """Count documents, chunks, pending and failed embeddings, and bytes."""
+    rows = await database.run(
+        engine,
+        "select s.*, (l).shelf, (l).index_state from (select pgshelf.library_named(%s) as l) x, pgshelf.library_stats((l).id) s",
+        library,
+    )
+    documents, chunks, pending, failed, size, shelf, state = rows[0]
+    return Stats(documents, chunks, pending, failed, size, shelf, IndexState("flat", state, 1.0))
+
+
+def _embedder(data: CreateLibrary, settings: Settings) -> tuple[str, str | None, int]:
+    choice = data.embedder or EmbedderChoice(settings.embedder)
+    if choice.dimension and data.dimension and choice.dimension != data.dimension:
+        raise invalid("dimension", f"is {data.dimension}, but embedder.dimension is {choice.dimension}")
+    dimension = choice.dimension or data.dimension
+    if choice.provider not in PROVIDERS:
+        raise Problem("embedder_not_configured", f"There is no embedder {choice.provider!r}; choose {' or '.join(PROVIDERS)}.")
+    if choice.provider == "none":
+        if dimension is None:
+            raise invalid("dimension", "is required where the client brings the vectors (embedder none)")
+        return "none", choice.model, dimension
+    try:
+        embedder = embedder_for(choice.provider, choice.model, dimension)
+    except ValueError as error:
+        raise Problem("embedder_not_configured", str(error)) from None
+    return embedder.provider, embedder.model, embedder.dimension
+
+
+def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[int, int]:
+    size = choice.size if choice and choice.size is not None else size
+    overlap = choice.overlap if choice and choice.overlap is not None else overlap
+    if overlap >= size:
+        raise invalid("chunking.overlap", f"is {overlap}; it must be smaller than the size, {size}")
+    return size, overlap
+
+
+def _name(name: str) -> str:
+    if UUID_LIKE.fullmatch(name):
+        raise invalid("name", "parses as a UUID, and those are ids; choose another name")
+    if name != name.strip(" ") or any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise invalid("name", "must not begin or end with a space, nor hold control characters")
+    return name
+
+
+async def _check_language(connection: AsyncConnection, language: str) -> None:
+    known = await database.rows(connection, "select cfgname from pg_catalog.pg_ts_config order by 1")
+    if language not in {name for (name,) in known}:
+        names = ", ".join(name for (name,) in known)
+        raise invalid("language", f"is not a text search configuration of this database; choose one of {names}")
+
+
+async def _find(connection: AsyncConnection, library: str, *, lock: bool = False) -> Library:
+    query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None))
+    if UUID_LIKE.fullmatch(library):
+        query = query.where(libraries.c.id == UUID(library))
+    else:
+        query = query.where(libraries.c.name == library)
+    row = (await connection.execute(query.with_for_update(key_share=True) if lock else query)).one_or_none()
+    if row is None:
+        raise Problem("library_not_found", f"There is no library {library!r}.")
+    return _library(row)
+
+
+def _library(row: Any) -> Library:
+    return msgspec.convert(row._mapping, Library)
+
+
+router = Router(
+    "/",
+    route_handlers=[create_library, list_libraries, get_library, update_library, delete_library, library_stats],
+    tags=["libraries"],
+)

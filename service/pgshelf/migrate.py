@@ -1,0 +1,237 @@
+"""Alembic, driven: the same steps whether `pgshelf migrate`, `alembic upgrade head` or `--sql` asks for them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from alembic import command, op
+from alembic.config import Config
+from pgvector.sqlalchemy import VECTOR
+from psycopg import sql
+from sqlalchemy.dialects.postgresql.base import ischema_names
+from sqlalchemy.engine import Connection
+
+from pgshelf import database
+from pgshelf.settings import Settings
+from pgshelf.tables import metadata
+
+if TYPE_CHECKING:
+    from alembic.runtime.environment import EnvironmentContext
+
+SCHEMA = "pgshelf"
+LOCK = (0x70677368, 1)  # advisory lock of migrations: "pgsh", 1
+LOCK_WAIT = 120.0  # seconds that a second migrator waits for the first
+GUARDS = "set lock_timeout = '10s'; set statement_timeout = '15min'; set search_path = pg_catalog, pg_temp; set jit = off"
+
+
+class MigrationError(RuntimeError):
+    """The database could not be migrated; the message says why and what to do."""
+
+
+def resource(name: str) -> Path:
+    """The folder `migrations` or `sql`: inside the installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parent / name
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / name
+
+
+def sql_files() -> list[Path]:
+    """The files of sql/ in the order in which they are applied."""
+    return sorted(resource("sql").glob("*.sql"))
+
+
+def sql_hash() -> str:
+    """Fingerprint of sql/: the database remembers the one that was applied last."""
+    digest = hashlib.sha256()
+    for file in sql_files():
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def head() -> str:
+    """The newest revision of this code."""
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(resource("migrations"))).get_current_head() or ""
+
+
+def upgrade(url: str, revision: str = "head", *, vector_schema: str = "public") -> None:
+    """Bring the database at `url` to `revision` and apply sql/; safe to repeat and to run from several places at once."""
+    _command(command.upgrade, url, revision, vector_schema)
+
+
+def downgrade(url: str, revision: str = "base", *, vector_schema: str = "public") -> None:
+    """Take the database at `url` back to `revision`; `base` leaves nothing behind."""
+    _command(command.downgrade, url, revision, vector_schema)
+
+
+def offline_sql(revision: str = "head", *, vector_schema: str = "public") -> str:
+    """The statements of an upgrade as text, for a DBA to read and run with psql."""
+    config = _config(None, vector_schema)
+    config.output_buffer = output = io.StringIO()
+    command.upgrade(config, revision, sql=True)
+    return output.getvalue()
+
+
+def run(statements: str) -> None:
+    """Run a migration's SQL as it stands; `@vector@` names the schema of pgvector."""
+    _run(op.get_context(), statements)
+
+
+def _config(url: str | None, vector_schema: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(resource("migrations")).replace("%", "%%"))
+    config.attributes |= {"url": url, "vector_schema": vector_schema}
+    return config
+
+
+def _command(call: Callable[[Config, str], None], url: str, revision: str, vector_schema: str) -> None:
+    try:
+        call(_config(url, vector_schema), revision)
+    except psycopg.errors.DependentObjectsStillExist as error:
+        raise MigrationError(
+            f"nothing was changed: {error.diag.message_primary}. Drop what depends on it first: {error.diag.message_detail}"
+        ) from error
+    except psycopg.Error as error:
+        hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""
+        raise MigrationError(f"{error.diag.message_primary or error}{hint}") from error
+
+
+def _run(context: Any, statements: str) -> None:
+    statements = _filled(statements, context.config.attributes["vector_schema"])
+    if context.as_sql:
+        context.impl.static_output(statements)
+    else:
+        _driver(context.connection).execute(statements.encode())
+
+
+def _filled(statements: str, vector_schema: str) -> str:
+    ident, literal = sql.Identifier(vector_schema).as_string(), sql.Literal(vector_schema).as_string()
+    return (
+        statements.replace("@vector@", ident).replace("@vector_ident@", ident).replace("@vector_literal@", literal.strip())
+    )
+
+
+def _driver(connection: Connection) -> psycopg.Connection[Any]:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)  # noqa: S101 - narrows the type: the engine is made for psycopg
+    return driver
+
+
+def _tell(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        print(f"warning: {notice.message_primary}", file=sys.stderr)
+
+
+def _destination(context: EnvironmentContext) -> str | None:
+    """The revision asked for; None for commands that only look (current, check, history)."""
+    try:
+        return str(context.get_revision_argument())
+    except KeyError:
+        return None
+
+
+def _include(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:
+    """Leave out what `alembic check` cannot know: the shelves, which are made at run time, and Alembic's own table."""
+    table = name if kind == "table" else getattr(getattr(item, "table", None), "name", "")
+    return not (str(table).startswith("chunks_s") or table == "alembic_version")
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "target_metadata": metadata,
+        "version_table_schema": SCHEMA,
+        "include_schemas": True,
+        "include_name": lambda name, kind, _: kind != "schema" or name == SCHEMA,
+        "include_object": _include,
+        "transaction_per_migration": True,
+        "compare_server_default": False,
+    }
+
+
+def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
+    """What env.py does with a database: guards, lock, prepare, migrations, sql/, teardown."""
+    attributes = context.config.attributes
+    url = attributes.get("url") or Settings.from_env(environ).database_url
+    if not url:
+        raise MigrationError("set PGSHELF_DATABASE_URL to the database that shall be migrated")
+    with database.migration_engine(url).connect() as connection:
+        driver = _driver(connection)
+        driver.add_notice_handler(_tell)
+        with connection.begin():
+            _lock(driver)
+            driver.execute(GUARDS)
+            attributes["vector_schema"] = _vector_schema(driver) or attributes.get("vector_schema") or _default(environ)
+        # reflection (alembic check) sees the type under its qualified name
+        ischema_names[f"{attributes['vector_schema']}.vector"] = VECTOR
+        _migrate(context, connection)
+
+
+def _migrate(context: EnvironmentContext, connection: Connection) -> None:
+    destination = _destination(context)
+    if destination is not None:
+        with connection.begin():
+            _driver(connection).execute(_read("prepare.sql", context).encode())
+    context.configure(connection=connection, **_options())
+    with context.begin_transaction():
+        context.run_migrations()
+    connection.commit()  # Alembic looked at the version and left a transaction open
+    if destination is None:
+        return
+    with connection.begin():
+        heads = context.get_context().get_current_heads()
+        if not heads:
+            _driver(connection).execute(_read("teardown.sql", context).encode())
+        elif heads == (head(),):
+            _driver(connection).execute(_routines(context).encode())
+
+
+def run_offline(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
+    """What env.py does without a database: the same statements, printed."""
+    attributes = context.config.attributes
+    attributes["vector_schema"] = attributes.get("vector_schema") or _default(environ)
+    context.configure(dialect_name="postgresql", literal_binds=True, **_options())
+    output = context.get_context().impl.static_output
+    output("-- pgshelf: run it with psql -v ON_ERROR_STOP=1, as the role that shall own the schema\n")
+    output(f"{GUARDS};\nselect pg_advisory_lock({LOCK[0]}, {LOCK[1]});\n")
+    output("begin;\n" + _read("prepare.sql", context) + "commit;\n")
+    context.run_migrations()
+    base = _destination(context) == "base"
+    output("begin;\n" + (_read("teardown.sql", context) if base else _routines(context)) + "commit;\n")
+    output(f"select pg_advisory_unlock({LOCK[0]}, {LOCK[1]});\nreset all;\n")
+
+
+def _read(name: str, context: EnvironmentContext) -> str:
+    return _filled((resource("migrations") / name).read_text(), context.config.attributes["vector_schema"])
+
+
+def _routines(context: EnvironmentContext) -> str:
+    body = "\n".join(file.read_text() for file in sql_files())
+    body += f"\nupdate pgshelf.installation set sql_hash = '{sql_hash()}';\n"
+    return _filled(body, context.config.attributes["vector_schema"])
+
+
+def _default(environ: Mapping[str, str]) -> str:
+    return Settings.from_env(environ).vector_schema
+
+
+def _vector_schema(driver: psycopg.Connection[Any]) -> str | None:
+    row = driver.execute(
+        "select n.nspname from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'vector'"
+    ).fetchone()
+    return row[0] if row else None
+
+
+def _lock(driver: psycopg.Connection[Any]) -> None:
+    """Take the migration lock; poll, because a waiting lock would hold a snapshot open for as long."""
+    deadline = time.monotonic() + LOCK_WAIT
+    while not driver.execute("select pg_try_advisory_lock(%s, %s)", LOCK).fetchone()[0]:  # type: ignore[index]  # one row
+        if time.monotonic() > deadline:
+            raise MigrationError(f"another migration of this database has been running for {LOCK_WAIT:.0f} s")
+        driver.execute("select pg_sleep(0.2)")

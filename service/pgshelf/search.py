@@ -1,0 +1,124 @@
+"""Search: decode, embed the text if there is no vector, run the one statement, encode."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from litestar import Router, post
+from msgspec import Meta
+from pgvector import Vector
+
+from pgshelf import database, limits
+from pgshelf.embedding import embed, library_config
+from pgshelf.errors import Problem, invalid
+from pgshelf.http import Config, Engine, problems
+from pgshelf.settings import Settings
+
+Part = Literal["text", "metadata", "document", "embedding"]
+
+
+class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """What to look for: `query`, which the library's embedder turns into a vector, or `vector`."""
+
+    query: Annotated[str, Meta(min_length=1, examples=["how do I reclaim space"])] | None = None
+    vector: Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None = None
+    mode: Literal["vector", "text", "hybrid"] | None = None
+    k: Annotated[int, Meta(ge=1)] = 10
+    offset: Annotated[int, Meta(ge=0)] = 0
+    max_distance: float | None = None
+    min_score: float | None = None
+    include: list[Part] = msgspec.field(default_factory=lambda: ["text", "metadata", "document"])
+    exact: bool = True
+
+
+class HitDocument(msgspec.Struct):
+    """The document that a hit belongs to."""
+
+    title: str | None
+    source: str | None
+    metadata: dict[str, Any]
+
+
+class Hit(msgspec.Struct):
+    """A chunk that was found: `score` is better when higher, `distance` is the metric's own."""
+
+    chunk_id: UUID
+    document_id: UUID
+    key: str | None
+    ordinal: int
+    score: float
+    distance: float
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    document: HitDocument | msgspec.UnsetType = msgspec.UNSET
+    embedding: list[float] | msgspec.UnsetType = msgspec.UNSET
+
+
+class SearchAnswer(msgspec.Struct):
+    """Hits, best first; ties are in the order of the chunk ids."""
+
+    hits: list[Hit]
+    took_ms: float
+
+
+# the statement that pgshelf.search executes, by calling it
+STATEMENT = """select * from pgshelf.search(%s, %s, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
+
+
+@post(
+    "/libraries/{library:str}/search",
+    status_code=200,
+    responses=problems(404, 413, 415, 422, 502),
+    summary="Search a library",
+    operation_id="search",
+)
+async def search(library: str, data: SearchRequest, engine: Engine, settings: Config) -> SearchAnswer:
+    """Find the chunks nearest to a text or a vector, exactly."""
+    started = time.perf_counter()
+    _check(data, settings)
+    if data.vector is not None:
+        vector = limits.vector(data.vector, "vector")
+    else:
+        vector = await _embed(library, data.query or "", engine)
+    rows = await database.run(
+        engine, STATEMENT, library, vector, data.k, data.offset, data.max_distance, data.min_score, list(data.include)
+    )
+    hits = [_hit(row, data.include) for row in rows]
+    return SearchAnswer(hits, round((time.perf_counter() - started) * 1000, 3))
+
+
+async def _embed(library: str, query: str, engine: Engine) -> Vector:
+    config = await library_config(engine, library)
+    return (await embed(config.embedder, [query], "query", ["query"]))[0]
+
+
+def _check(data: SearchRequest, settings: Settings) -> None:
+    if data.mode in ("text", "hybrid"):
+        raise Problem("mode_unavailable", f'mode {data.mode} is not available yet; leave it out, or use "vector".')
+    if (data.query is None) == (data.vector is None):
+        raise invalid("query", "give either query or vector")
+    if data.query is not None:
+        limits.required_text(data.query, settings.max_query_length, "query")
+    if data.k > settings.max_k:
+        raise invalid("k", f"is {data.k}, at most {settings.max_k} is allowed")
+    if data.offset > settings.max_offset:
+        raise invalid("offset", f"is {data.offset}, at most {settings.max_offset} is allowed; narrow the search instead")
+
+
+def _hit(row: tuple[Any, ...], include: list[Part]) -> Hit:
+    hit = Hit(*row[:6])
+    if "text" in include:
+        hit.text = row[6]
+    if "metadata" in include:
+        hit.metadata = row[7]
+    if "document" in include:
+        hit.document = HitDocument(*row[8:11])
+    if "embedding" in include:
+        hit.embedding = row[11].to_list()
+    return hit
+
+
+router = Router("/", route_handlers=[search], tags=["search"])

@@ -1,0 +1,134 @@
+"""One frozen object read from the environment (PGSHELF_*)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+PREFIX = "PGSHELF_"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a value that cannot be used; the message says which and what it may be."""
+
+
+def default_data_dir() -> Path:
+    """Where the embedded PostgreSQL keeps its data: /var/lib/pgshelf for root, the user's data directory otherwise."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/pgshelf")
+    return Path(platformdirs.user_data_dir("pgshelf"))
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that can be set; `docs/configuration.md` describes each field."""
+
+    database_url: str | None = None
+    data_dir: Path = msgspec.field(default_factory=default_data_dir)
+    postgres_version: Annotated[int, Meta(ge=16, le=18)] = 18
+    auto_migrate: bool | None = None
+    vector_schema: Annotated[str, Meta(min_length=1, max_length=63)] = "public"
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8432
+    allow_unauthenticated: bool = False
+    workers: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default_factory=lambda: os.cpu_count() or 1)
+    api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
+
+    embedder: Annotated[str, Meta(pattern="^(local|none)$")] = "local"
+    chunk_size: Annotated[int, Meta(ge=50, le=20_000)] = 1200
+    chunk_overlap: Annotated[int, Meta(ge=0, le=10_000)] = 0
+
+    pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
+    pool_timeout: Annotated[float, Meta(gt=0)] = 5.0
+    connect_timeout: Annotated[int, Meta(ge=2)] = 5
+    statement_timeout: Annotated[float, Meta(gt=0)] = 30.0
+    lock_timeout: Annotated[float, Meta(gt=0)] = 10.0
+
+    worker_enabled: bool = True
+    worker_interval: Annotated[float, Meta(gt=0)] = 0.5
+    worker_lease: Annotated[float, Meta(gt=0)] = 60.0
+    worker_attempts: Annotated[int, Meta(ge=1)] = 8
+    embed_batch: Annotated[int, Meta(ge=1, le=10_000)] = 256
+
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
+    max_title_length: Annotated[int, Meta(ge=1)] = 1000
+    max_query_length: Annotated[int, Meta(ge=1)] = 10_000
+    max_text_length: Annotated[int, Meta(ge=1)] = 2_000_000
+    max_chunk_length: Annotated[int, Meta(ge=1)] = 20_000
+    max_chunks: Annotated[int, Meta(ge=1)] = 1000
+    max_metadata_bytes: Annotated[int, Meta(ge=2)] = 64 * 1024
+    max_metadata_depth: Annotated[int, Meta(ge=1, le=100)] = 16
+    max_k: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+    max_offset: Annotated[int, Meta(ge=0, le=1_000_000)] = 10_000
+    max_page: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+
+    def __post_init__(self) -> None:
+        if self.postgres_version == 17:
+            raise ValueError("the embedded PostgreSQL is 18 or 16")
+        if self.chunk_overlap >= self.chunk_size:
+            raise ValueError("chunk_overlap must be smaller than chunk_size")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], **overrides: Any) -> Settings:
+        """Read PGSHELF_* from `environ`; `overrides` (from the command line) win unless they are None.
+
+        Raises SettingsError naming the variable. An empty value counts as not set, except PGSHELF_API_PREFIX.
+        PGSHELF_TEST_* belongs to the test suite and is left alone.
+        """
+        hints = get_type_hints(cls, include_extras=True)
+        values: dict[str, Any] = {}
+        for variable, text in environ.items():
+            if not variable.startswith(PREFIX) or variable.startswith(PREFIX + "TEST_"):
+                continue
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in hints:
+                raise SettingsError(f"{variable} is not a setting of pgshelf; see docs/configuration.md for the list")
+            if text == "" and name != "api_prefix":
+                continue
+            try:
+                values[name] = msgspec.convert(text, hints[name], strict=False, dec_hook=_decode)
+            except msgspec.ValidationError as error:
+                raise SettingsError(f"{variable}={_shown(name, text)} cannot be used: {error}") from None
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        try:
+            return msgspec.convert(values, cls, dec_hook=_decode)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise SettingsError(str(error)) from None
+
+    def summary(self) -> dict[str, str]:
+        """Every setting as text, secrets masked: what `serve` prints at its start."""
+        return {name: _shown(name, getattr(self, name)) for name in self.__struct_fields__}
+
+
+def _decode(kind: type, value: object) -> object:
+    if issubclass(kind, Path):
+        return Path(str(value)).expanduser()
+    raise NotImplementedError
+
+
+def _shown(name: str, value: object) -> str:
+    if name == "database_url" and value:
+        return masked(str(value))
+    return str(value)
+
+
+def masked(url: str) -> str:
+    """A connection string without its password; anything that is not a plain URL is hidden whole."""
+    try:
+        parts = urlsplit(url)
+        if not parts.scheme or "password" in parts.query.lower():
+            return "***"
+        host = parts.netloc.rpartition("@")[2]
+        user = parts.netloc.rpartition("@")[0].partition(":")[0]
+    except ValueError:
+        return "***"
+    return urlunsplit((parts.scheme, f"{user}:***@{host}" if user else host, parts.path, parts.query, ""))

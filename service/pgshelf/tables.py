@@ -1,0 +1,140 @@
+"""The tables as SQLAlchemy sees them: Alembic's target and the source of Core statements."""
+
+from pgvector.sqlalchemy import VECTOR
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR, UUID
+
+metadata = MetaData(schema="pgshelf")
+moment = DateTime(timezone=True)
+now = text("now()")
+empty = text("'{}'")
+
+installation = Table(
+    "installation",
+    metadata,
+    Column("only_row", Boolean, nullable=False, server_default=text("true")),
+    Column("created_extension", Boolean, nullable=False, server_default=text("false")),
+    Column("created_roles", ARRAY(Text), nullable=False, server_default=empty),
+    Column("sql_hash", Text),
+    PrimaryKeyConstraint("only_row", name="installation_pkey"),
+    CheckConstraint("only_row", name="installation_only_row_check"),
+    comment="What the migrations made outside the tables, so that a downgrade takes away no more.",
+)
+
+libraries = Table(
+    "libraries",
+    metadata,
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("name", Text, nullable=False),
+    Column("description", Text),
+    Column("dimension", Integer, nullable=False),
+    Column("metric", Text, nullable=False, server_default="cosine"),
+    Column("embedder", JSONB, nullable=False, comment='Who makes the vectors: {"provider", "model", "dimension"}.'),
+    Column("chunking", JSONB, nullable=False, comment='How text is split: {"size", "overlap"} in characters.'),
+    Column("language", Text, nullable=False, server_default="english"),
+    Column("index", JSONB, nullable=False, comment="The wanted index; index_state tells how far the actual one is."),
+    Column("index_state", Text, nullable=False, server_default="ready"),
+    Column("attributes", JSONB, nullable=False, server_default=empty),
+    Column("metadata", JSONB, nullable=False, server_default=empty),
+    Column(
+        "shelf",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="The partition of chunks that counts for this library; 0 is shared.",
+    ),
+    Column(
+        "moving",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="0 at rest, 1 writers log documents, 2 writers write both shelves.",
+    ),
+    Column("moving_to", Integer),
+    Column("fanout", Integer, nullable=False, server_default="1"),
+    Column("version", BigInteger, nullable=False, server_default="1"),
+    Column("created_at", moment, nullable=False, server_default=now),
+    Column("updated_at", moment, nullable=False, server_default=now),
+    Column("deleted_at", moment, comment="Set when the library was deleted; its rows are reaped afterwards."),
+    PrimaryKeyConstraint("id", name="libraries_pkey"),
+    Index("libraries_name_key", "name", unique=True, postgresql_where=text("deleted_at is null")),
+    Index("libraries_order_idx", "created_at", "id"),
+    comment="A library: documents that share an embedder, a dimension and a metric.",
+)
+
+documents = Table(
+    "documents",
+    metadata,
+    Column("place", Integer, nullable=False, comment="Stable hash of the library, the distribution column on a cluster."),
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("key", Text, comment="The caller's own name for the document, unique in its library."),
+    Column("title", Text),
+    Column("source", Text),
+    Column("metadata", JSONB, nullable=False, server_default=empty),
+    Column("content_hash", LargeBinary),
+    Column(
+        "version",
+        BigInteger,
+        nullable=False,
+        server_default="1",
+        comment="Grows with every change of the document or its chunks; the ETag.",
+    ),
+    Column("created_at", moment, nullable=False, server_default=now),
+    Column("updated_at", moment, nullable=False, server_default=now),
+    PrimaryKeyConstraint("id", name="documents_pkey"),
+    UniqueConstraint("library_id", "key", name="documents_key_key"),
+    ForeignKeyConstraint(["library_id"], ["pgshelf.libraries.id"], name="documents_library_fk"),
+    Index("documents_order_idx", "library_id", "created_at", "id"),
+    comment="A document of a library; business tables may reference its id.",
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("shelf", Integer, nullable=False),
+    Column("place", Integer, nullable=False),
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("document_id", UUID(as_uuid=True), nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("text", Text, nullable=False),
+    Column("metadata", JSONB, nullable=False, server_default=empty),
+    Column("embedding", VECTOR, comment="The vector; null asks the worker to make one."),
+    Column("language", Text, nullable=False),
+    Column("tsv", TSVECTOR, Computed("pgshelf.words(language, text)", persisted=True)),
+    Column("embed_attempts", Integer, nullable=False, server_default="0"),
+    Column("embed_after", moment, nullable=False, server_default=now),
+    Column("embed_error", Text, comment="Why the last attempt to embed this chunk failed."),
+    PrimaryKeyConstraint("library_id", "document_id", "ordinal", "place", "shelf", name="chunks_pkey"),
+    Index("chunks_id_idx", "id"),
+    Index("chunks_pending_idx", "library_id", "embed_after", postgresql_where=text("embedding is null")),
+    comment="The passages that are searched; rows count where their shelf is their library's.",
+    postgresql_partition_by="list (shelf)",
+)
+
+move_log = Table(
+    "move_log",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("document_id", UUID(as_uuid=True), nullable=False),
+    Index("move_log_library_idx", "library_id"),
+    comment="Documents written while their library moves between shelves.",
+)

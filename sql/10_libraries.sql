@@ -1,0 +1,118 @@
+-- Finding a library, and the lock order that every writer of chunks follows.
+
+-- Whether a text parses as a UUID: such a text is an id, never a name or a key.
+create or replace function pgshelf.is_id(p_text text) returns boolean
+  immutable parallel safe language sql
+  as $$ select p_text ~* '^\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\}?$' $$;
+
+-- The library of a name or an id; PS001 when there is none.
+create or replace function pgshelf.library_named(p_library text) returns pgshelf.libraries
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries;
+begin
+  if pgshelf.is_id(p_library) then
+    select * into v_library from pgshelf.libraries l where l.id = p_library::uuid and l.deleted_at is null;
+  else
+    select * into v_library from pgshelf.libraries l where l.name = p_library and l.deleted_at is null;
+  end if;
+  if not found then
+    raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
+  end if;
+  return v_library;
+end $$;
+
+-- Every writer of chunks begins here. The order is always: advisory lock of the library (shared), row of the library
+-- (for key share), row of the document. A promotion takes the first two exclusively and so fences all writers out.
+create or replace function pgshelf.lock_library(p_library uuid) returns pgshelf.libraries
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries;
+begin
+  -- the advisory space is the database's: class "lib" keeps ours apart from the application's
+  perform pg_advisory_xact_lock_shared(x'6c6962'::int, hashtext(p_library::text));
+  select * into v_library from pgshelf.libraries l where l.id = p_library and l.deleted_at is null for key share;
+  if not found then
+    raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
+  end if;
+  return v_library;
+end $$;
+
+-- Every writer of chunks ends here, while it still holds the documents: a library that is moving hears of them.
+create or replace function pgshelf.documents_written(p_library pgshelf.libraries, p_documents uuid[]) returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_columns constant text := 'place, library_id, document_id, ordinal, id, text, metadata, embedding, language,
+    embed_attempts, embed_after, embed_error';
+begin
+  if p_library.moving = 1 then
+    insert into pgshelf.move_log (library_id, document_id) select p_library.id, unnest(p_documents);
+  elsif p_library.moving = 2 then
+    -- the update makes a deleter with an older snapshot fail instead of leaving what it cannot see behind
+    update pgshelf.documents d set updated_at = d.updated_at where d.id = any (p_documents);
+    execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', p_library.moving_to)
+      using p_library.id, p_documents;
+    execute format('insert into pgshelf.chunks_s%1$s (shelf, %3$s) select %1$s, %3$s from pgshelf.chunks_s%2$s
+      where library_id = $1 and document_id = any ($2)', p_library.moving_to, p_library.shelf, v_columns)
+      using p_library.id, p_documents;
+  end if;
+end $$;
+
+-- Hides a library at once. Its rows are reaped by the worker, unless somebody's table references documents: then they
+-- go in this very transaction, so that a reference refuses (23503) exactly as it does for a single document.
+create or replace function pgshelf.delete_library(p_library text) returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id uuid := (pgshelf.library_named(p_library)).id;
+begin
+  if exists (select 1 from pg_constraint c where c.contype = 'f' and c.confrelid = 'pgshelf.documents'::regclass) then
+    delete from pgshelf.documents d where d.library_id = v_id;
+  end if;
+  update pgshelf.libraries l set deleted_at = now(), version = l.version + 1 where l.id = v_id and l.deleted_at is null;
+end $$;
+
+-- Takes away at most p_limit documents of deleted libraries, then the libraries that are empty; tells how many rows went.
+create or replace function pgshelf.reap_deleted(p_limit int default 500) returns int
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_documents int;
+  v_libraries int;
+begin
+  delete from pgshelf.documents d where d.id in (
+    select x.id from pgshelf.libraries l join pgshelf.documents x on x.library_id = l.id
+    where l.deleted_at is not null limit p_limit for update of x skip locked);
+  get diagnostics v_documents = row_count;
+  delete from pgshelf.libraries l where l.id in (
+    select x.id from pgshelf.libraries x where x.deleted_at is not null
+      and not exists (select 1 from pgshelf.documents d where d.library_id = x.id)
+    limit p_limit for update skip locked);
+  get diagnostics v_libraries = row_count;
+  return v_documents + v_libraries;
+end $$;
+
+-- RFC 7396: null takes a member away, objects merge, anything else replaces.
+create or replace function pgshelf.merge_patch(p_target jsonb, p_patch jsonb) returns jsonb
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_result jsonb := case jsonb_typeof(p_target) when 'object' then p_target else '{}' end;
+  v_key text;
+  v_value jsonb;
+begin
+  if jsonb_typeof(p_patch) is distinct from 'object' then
+    return p_patch;
+  end if;
+  for v_key, v_value in select * from jsonb_each(p_patch) loop
+    if jsonb_typeof(v_value) = 'null' then
+      v_result := v_result - v_key;
+    else
+      v_result := jsonb_set(v_result, array[v_key], pgshelf.merge_patch(v_result -> v_key, v_value));
+    end if;
+  end loop;
+  return v_result;
+end $$;

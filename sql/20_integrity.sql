@@ -1,0 +1,71 @@
+-- What a foreign key and a type modifier would do elsewhere; the reasons stand in docs/architecture.md.
+
+-- A chunk needs its document, and its vector needs the dimension of the library. Fires for every shelf.
+create or replace function pgshelf.chunk_written() returns trigger
+  language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_dimension int;
+  v_metric text;
+begin
+  select l.dimension, l.metric into v_dimension, v_metric
+    from pgshelf.documents d join pgshelf.libraries l on l.id = d.library_id
+    where d.id = new.document_id and d.library_id = new.library_id for key share of d;
+  if not found then
+    raise foreign_key_violation using schema = 'pgshelf', table = 'chunks', constraint = 'chunks_document',
+      message = format('document %s does not exist in library %s', new.document_id, new.library_id);
+  end if;
+  if new.embedding is null then
+    return null;
+  end if;
+  perform pgshelf.check_vector(new.embedding, v_dimension, v_metric, format('of chunk %s', new.ordinal));
+  return null;
+end $$;
+
+-- What a vector must be, said once, for rows and for queries. Squares of a norm outside 1e-15 .. 1e15 leave float4.
+create or replace function pgshelf.check_vector(p_vector @vector@.vector, p_dimension int, p_metric text, p_where text) returns void
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_norm float8;
+begin
+  if @vector@.vector_dims(p_vector) <> p_dimension then
+    raise 'the vector % has % dimensions, the library has %', p_where, @vector@.vector_dims(p_vector), p_dimension
+      using errcode = 'PS010', hint = format('Send a vector of %s numbers, made by the model of the library.', p_dimension);
+  end if;
+  v_norm := @vector@.vector_norm(p_vector);
+  if v_norm = 0 and p_metric <> 'cosine' then
+    return;
+  elsif v_norm = 0 then
+    raise 'the vector % is zero and has no direction, so cosine distance is undefined for it', p_where
+      using errcode = 'PS011', hint = 'Leave the chunk out, or use a library with the metric l2.';
+  elsif not v_norm between 1e-15 and 1e15 then
+    raise 'the norm of the vector % is %, outside 1e-15 to 1e15', p_where, v_norm
+      using errcode = 'PS012', hint = 'Scale the vectors; distances of such numbers are not exact in single precision.';
+  end if;
+end $$;
+
+-- Deleting documents deletes their chunks, by the literal name of the library's shelf: no other partition is touched.
+create or replace function pgshelf.documents_deleted() returns trigger
+  language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_gone record;
+  v_library pgshelf.libraries;
+  v_shelf int;
+begin
+  for v_gone in select g.library_id, array_agg(g.id) as ids from gone g group by g.library_id order by g.library_id loop
+    perform pg_advisory_xact_lock_shared(x'6c6962'::int, hashtext(v_gone.library_id::text));
+    select * into v_library from pgshelf.libraries l where l.id = v_gone.library_id for key share;
+    continue when not found;
+    foreach v_shelf in array case v_library.moving when 2 then array[v_library.shelf, v_library.moving_to]
+      else array[v_library.shelf] end loop
+      execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', v_shelf)
+        using v_gone.library_id, v_gone.ids;
+    end loop;
+    if v_library.moving = 1 then
+      insert into pgshelf.move_log (library_id, document_id) select v_gone.library_id, unnest(v_gone.ids);
+    end if;
+  end loop;
+  return null;
+end $$;

@@ -1,0 +1,153 @@
+-- Writing documents and their chunks. Each function is one caller's whole write, in the caller's transaction.
+
+-- The id of a document named by its id or its key; PS002 when there is none.
+create or replace function pgshelf.document_named(p_library uuid, p_document text) returns uuid
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id uuid;
+begin
+  if pgshelf.is_id(p_document) then
+    select d.id into v_id from pgshelf.documents d where d.id = p_document::uuid and d.library_id = p_library;
+  else
+    select d.id into v_id from pgshelf.documents d where d.library_id = p_library and d.key = p_document;
+  end if;
+  if not found then
+    raise 'there is no document % in this library', quote_literal(p_document) using errcode = 'PS002';
+  end if;
+  return v_id;
+end $$;
+
+-- Refuses a stale version (If-Match); p_have is null when there is no such document.
+create or replace function pgshelf.check_version(p_have bigint, p_want bigint) returns void
+  immutable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_want is not null and p_have is distinct from p_want then
+    raise 'the document is at version %, not %', coalesce(p_have::text, 'none'), p_want
+      using errcode = 'PS020', hint = 'Read the document again and repeat the change on what it is now.';
+  end if;
+end $$;
+
+-- Inserts or replaces one document with all its chunks. By p_document it must exist; by p_key it is an upsert; with
+-- neither it is new. A chunk whose text stays keeps its id and, unless a vector is given, its embedding.
+create or replace function pgshelf.write_document(
+  p_library uuid, p_document uuid, p_key text, p_title text, p_source text, p_metadata jsonb,
+  p_texts text[], p_embeddings @vector@.vector[], p_chunk_metadata jsonb[], p_version bigint,
+  out document_id uuid, out created boolean, out pending int)
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries := pgshelf.lock_library(p_library);
+  v_have bigint;
+begin
+  if p_document is not null or p_version is not null then
+    select d.id, d.version into document_id, v_have from pgshelf.documents d
+      where d.library_id = p_library and (d.id = p_document or (p_document is null and d.key = p_key)) for no key update;
+    if not found and p_document is not null then
+      raise 'there is no document % in this library', quote_literal(p_document) using errcode = 'PS002',
+        hint = 'Ids are given by the server. To choose the name of a new document, use a key that is no UUID.';
+    end if;
+    perform pgshelf.check_version(v_have, p_version);
+  end if;
+  if document_id is not null then
+    update pgshelf.documents d set title = p_title, source = p_source, metadata = p_metadata,
+      version = d.version + 1, updated_at = now() where d.id = document_id;
+    created := false;
+  else
+    document_id := gen_random_uuid();
+    insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata)
+      values (pgshelf.place_of(p_library, document_id, v_library.fanout), p_library, document_id, p_key, p_title, p_source, p_metadata)
+      on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
+        metadata = excluded.metadata, version = d.version + 1, updated_at = now()
+      returning d.id, d.id = document_id into document_id, created;
+  end if;
+  pending := pgshelf.write_chunks(v_library, document_id, p_texts, p_embeddings, p_chunk_metadata);
+end $$;
+
+-- Makes the chunks of a document, whose row the caller has just written, what the arrays say; tells how many lack a vector.
+create or replace function pgshelf.write_chunks(
+  p_library pgshelf.libraries, p_document uuid, p_texts text[], p_embeddings @vector@.vector[], p_metadata jsonb[]) returns int
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := 'pgshelf.chunks_s' || p_library.shelf;
+  v_old pgshelf.chunks[];
+  v_pending int;
+begin
+  -- what stays in its place is left alone; what goes is kept at hand, so that a text that only moved keeps its vector
+  execute format($sql$
+    with wanted as (select w.ordinal - 1 as ordinal, w.text, w.embedding, coalesce(w.metadata, '{}') as metadata
+      from unnest($3, $4, $5) with ordinality w(text, embedding, metadata, ordinal)),
+    gone as (delete from %s c where c.library_id = $1 and c.document_id = $2 and not exists (select 1 from wanted w
+      where w.ordinal = c.ordinal and w.text = c.text and w.metadata = c.metadata and w.embedding is null
+        and c.embedding is not null) returning c::pgshelf.chunks as chunk)
+    select array_agg(gone.chunk) from gone $sql$, v_table)
+    into v_old using p_library.id, p_document, p_texts, p_embeddings, p_metadata;
+  execute format($sql$
+    insert into %s (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding, language)
+    select $6, $7, $1, $2, w.ordinal, coalesce(o.id, gen_random_uuid()), w.text, w.metadata, coalesce(w.embedding, o.embedding), $8
+    from (select u.ordinal - 1 as ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata,
+            row_number() over (partition by u.text order by u.ordinal) as nth
+          from unnest($3, $4, $5) with ordinality u(text, embedding, metadata, ordinal)
+          where not exists (select 1 from %1$s c where c.library_id = $1 and c.document_id = $2 and c.ordinal = u.ordinal - 1)) w
+    left join (select x.*, row_number() over (partition by x.text order by x.ordinal) as nth
+               from unnest($9) x) o on o.text = w.text and o.nth = w.nth $sql$, v_table)
+    using p_library.id, p_document, p_texts, p_embeddings, p_metadata, p_library.shelf,
+      pgshelf.place_of(p_library.id, p_document, p_library.fanout), p_library.language, v_old;
+  execute format('select count(*) from %s c where c.library_id = $1 and c.document_id = $2 and c.embedding is null', v_table)
+    into v_pending using p_library.id, p_document;
+  if v_pending > 0 and p_library.embedder ->> 'provider' = 'none' then
+    raise '% of the chunks have no vector, and the library has no embedder to make one', v_pending using errcode = 'PS013',
+      hint = 'Send an embedding with every chunk, or use a library with an embedder.';
+  end if;
+  perform pgshelf.documents_written(p_library, array[p_document]);
+  return v_pending;
+end $$;
+
+-- The public way in: insert or replace a document by its key. What has no vector is left to the worker.
+create or replace function pgshelf.put_document(
+  library text, key text default null, title text default null, texts text[] default '{}', metadata jsonb default '{}',
+  embeddings @vector@.vector[] default null, chunk_metadata jsonb[] default null, source text default null) returns uuid
+  volatile security definer language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if cardinality(embeddings) <> cardinality(texts) or cardinality(chunk_metadata) <> cardinality(texts) then
+    raise 'embeddings and chunk_metadata, where given, have one element for each of the % texts', cardinality(texts)
+      using errcode = 'PS030';
+  end if;
+  return (pgshelf.write_document((pgshelf.library_named(library)).id, null, key, title, source, coalesce(metadata, '{}'),
+    coalesce(texts, '{}'), embeddings, chunk_metadata, null)).document_id;
+end $$;
+
+-- Deletes a document, named by its key or its id, and its chunks; PS002 when there is none.
+create or replace function pgshelf.delete_document(library text, document text, version bigint default null) returns void
+  volatile security definer language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries := pgshelf.lock_library((pgshelf.library_named(library)).id);
+  v_id uuid := pgshelf.document_named(v_library.id, document);
+  v_have bigint;
+begin
+  select d.version into v_have from pgshelf.documents d where d.id = v_id for update;
+  perform pgshelf.check_version(v_have, delete_document.version);
+  delete from pgshelf.documents d where d.id = v_id;
+end $$;
+
+-- Changes title, source (members of p_columns) and metadata (a merge patch) of a document; its chunks stay.
+create or replace function pgshelf.patch_document(p_library text, p_document text, p_columns jsonb, p_metadata jsonb, p_version bigint)
+  returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id uuid := pgshelf.document_named((pgshelf.library_named(p_library)).id, p_document);
+  v_have bigint;
+begin
+  select d.version into v_have from pgshelf.documents d where d.id = v_id for no key update;
+  perform pgshelf.check_version(v_have, p_version);
+  update pgshelf.documents d set version = d.version + 1, updated_at = now(),
+    title = case when p_columns ? 'title' then p_columns ->> 'title' else d.title end,
+    source = case when p_columns ? 'source' then p_columns ->> 'source' else d.source end,
+    metadata = case when p_metadata is null then d.metadata else pgshelf.merge_patch(d.metadata, p_metadata) end
+    where d.id = v_id;
+end $$;

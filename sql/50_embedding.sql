@@ -1,0 +1,97 @@
+-- Embedding as desired state: a chunk without a vector is the request. Workers claim, embed outside any transaction, store.
+
+-- Takes up to p_limit pending chunks of one library for p_lease; another worker may have them when the lease is over.
+create or replace function pgshelf.claim_pending(p_limit int, p_lease interval)
+  returns table (library_id uuid, embedder jsonb, chunk_id uuid, text text, attempts int)
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_shelf int;
+begin
+  for v_shelf in select distinct l.shelf from pgshelf.libraries l where l.deleted_at is null order by 1 loop
+    return query execute format($sql$
+      with first as (select c.library_id from pgshelf.chunks_s%1$s c join pgshelf.libraries l on l.id = c.library_id
+          where c.embedding is null and c.embed_after <= now() and l.shelf = %1$s and l.deleted_at is null limit 1),
+      mine as (select c.library_id, c.document_id, c.ordinal, c.place, c.shelf from pgshelf.chunks_s%1$s c, first f
+          where c.library_id = f.library_id and c.embedding is null and c.embed_after <= now()
+          order by c.embed_after limit $1 for update of c skip locked)
+      update pgshelf.chunks_s%1$s c set embed_after = now() + $2, embed_attempts = c.embed_attempts + 1
+        from mine m, pgshelf.libraries l
+        where (c.library_id, c.document_id, c.ordinal, c.place, c.shelf) = (m.library_id, m.document_id, m.ordinal, m.place, m.shelf)
+          and l.id = c.library_id
+        returning c.library_id, l.embedder, c.id, c.text, c.embed_attempts $sql$, v_shelf) using p_limit, p_lease;
+    if found then
+      return;
+    end if;
+  end loop;
+end $$;
+
+-- Locks the documents of some chunks in the order of their ids, as a writer of each of them does: no deadlock.
+create or replace function pgshelf.lock_documents_of(p_library pgshelf.libraries, p_chunks uuid[]) returns uuid[]
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_documents uuid[];
+begin
+  execute format('select array_agg(distinct c.document_id) from pgshelf.chunks_s%s c
+    where c.id = any ($1) and c.library_id = $2', p_library.shelf) into v_documents using p_chunks, p_library.id;
+  perform 1 from pgshelf.documents d where d.id = any (v_documents) order by d.id for no key update;
+  return v_documents;
+end $$;
+
+-- Stores vectors for chunks whose text is still the one that was embedded and that nobody has served meanwhile.
+create or replace function pgshelf.store_embeddings(p_library uuid, p_chunks uuid[], p_hashes text[], p_embeddings @vector@.vector[])
+  returns int
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries := pgshelf.lock_library(p_library);
+  v_documents uuid[] := pgshelf.lock_documents_of(v_library, p_chunks);
+  v_stored int;
+begin
+  execute format($sql$
+    update pgshelf.chunks_s%s c set embedding = x.embedding, embed_error = null
+    from unnest($1, $2, $3) x(id, hash, embedding)
+    where c.id = x.id and c.library_id = $4 and c.embedding is null and md5(c.text) = x.hash $sql$, v_library.shelf)
+    using p_chunks, p_hashes, p_embeddings, p_library;
+  get diagnostics v_stored = row_count;
+  perform pgshelf.documents_written(v_library, v_documents);
+  return v_stored;
+end $$;
+
+-- Says why chunks could not be embedded, and when to try again: infinity gives up, with the reason on the chunk.
+create or replace function pgshelf.fail_embeddings(p_library uuid, p_chunks uuid[], p_error text, p_retry_at timestamptz) returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_library pgshelf.libraries := pgshelf.lock_library(p_library);
+begin
+  perform pgshelf.lock_documents_of(v_library, p_chunks);
+  execute format('update pgshelf.chunks_s%s c set embed_error = $1, embed_after = $2
+    where c.id = any ($3) and c.library_id = $4 and c.embedding is null', v_library.shelf)
+    using p_error, p_retry_at, p_chunks, p_library;
+end $$;
+
+-- The texts of a document (by id or key) that have a vector already: writing them again need not embed them.
+create or replace function pgshelf.embedded_texts(p_library uuid, p_document uuid, p_key text) returns setof text
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_shelf int := (pgshelf.library_named(p_library::text)).shelf;
+  v_document uuid := coalesce(p_document, (select d.id from pgshelf.documents d where d.library_id = p_library and d.key = p_key));
+begin
+  return query execute format('select c.text from pgshelf.chunks_s%s c
+    where c.library_id = $1 and c.document_id = $2 and c.embedding is not null', v_shelf) using p_library, v_document;
+end $$;
+
+-- The chunks of one document that have no vector.
+create or replace function pgshelf.pending_chunks(p_library uuid, p_document uuid) returns table (chunk_id uuid, text text)
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_shelf int := (pgshelf.library_named(p_library::text)).shelf;
+begin
+  return query execute format('select c.id, c.text from pgshelf.chunks_s%s c
+    where c.library_id = $1 and c.document_id = $2 and c.embedding is null order by c.ordinal', v_shelf) using p_library, p_document;
+end $$;

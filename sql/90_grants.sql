@@ -1,0 +1,26 @@
+-- The public SQL interface, as grants. Nothing else of the schema is for others; shelves are granted to nobody.
+
+revoke all on all routines in schema pgshelf from public;
+
+do $$
+begin
+  -- a role that could not be created is reported by pgshelf migrate; the rest of the upgrade does not wait for it
+  if to_regrole('pgshelf_reader') is not null then
+    grant usage on schema pgshelf to pgshelf_reader;
+    grant select on pgshelf.libraries_overview, pgshelf.documents_view, pgshelf.chunks_view, pgshelf.pending_embeddings to pgshelf_reader;
+    grant execute on function pgshelf.search(text, @vector@.vector, int, int, float8, float8, text[]) to pgshelf_reader;
+    grant execute on function pgshelf.library_stats(uuid) to pgshelf_reader;
+    -- a business table may hold a foreign key to a document
+    grant references (id) on pgshelf.documents to pgshelf_reader;
+  end if;
+  if to_regrole('pgshelf_writer') is not null then
+    grant usage on schema pgshelf to pgshelf_writer;
+    grant select on pgshelf.libraries_overview, pgshelf.documents_view, pgshelf.chunks_view, pgshelf.pending_embeddings to pgshelf_writer;
+    grant execute on function
+      pgshelf.search(text, @vector@.vector, int, int, float8, float8, text[]),
+      pgshelf.library_stats(uuid),
+      pgshelf.put_document(text, text, text, text[], jsonb, @vector@.vector[], jsonb[], text),
+      pgshelf.delete_document(text, text, bigint) to pgshelf_writer;
+    grant references (id) on pgshelf.documents to pgshelf_writer;
+  end if;
+end $$;

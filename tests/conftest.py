@@ -1,0 +1,276 @@
+"""Fixtures for everybody: a PostgreSQL, databases on it, the application and running servers.
+
+The environment is read here and nowhere else in the tests: PGSHELF_TEST_DSN, PGSHELF_TEST_POSTGRES_VERSION and
+PGSHELF_TEST_VECTOR_SCHEMA; what remains of it, PGSHELF_* apart, goes to the servers that the tests start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose, docker_answers, start_server
+
+READY_SECONDS = 60.0
+CHOICE = pytest.StashKey[Choice]()
+SERVER = pytest.StashKey[Server]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pgshelf")
+    group.addoption("--postgres", choices=OPTIONS, default="auto", help="where the tests find PostgreSQL")
+    version = os.environ.get("PGSHELF_TEST_POSTGRES_VERSION", "18")
+    group.addoption("--postgres-version", type=int, choices=(16, 17, 18), default=int(version))
+    schema = os.environ.get("PGSHELF_TEST_VECTOR_SCHEMA", "public")
+    group.addoption("--vector-schema", default=schema, help="where pgvector is installed: public, extensions ...")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    told = getattr(config, "workerinput", {}).get("pgshelf_server")  # by the process that started the run
+    if told:
+        config.stash[SERVER] = Server(Choice(**told["choice"]), told["admin_url"])
+        return
+    option, version = config.getoption("--postgres"), config.getoption("--postgres-version")
+    try:
+        config.stash[CHOICE] = choose(os.environ, lambda: docker_answers(os.environ), option, version)
+    except NoServer as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    choice = config.stash[CHOICE]
+    version = "" if choice.kind == "dsn" else f" {choice.version}"
+    return f"postgres: {choice.kind}{version}, pgvector in schema {config.getoption('--vector-schema')}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell an xdist worker of the one server of the run, which outlives every worker."""
+    server = _server(node.config)
+    choice = {"kind": server.choice.kind, "version": server.choice.version, "dsn": server.choice.dsn}
+    node.workerinput["pgshelf_server"] = {"choice": choice, "admin_url": server.admin_url}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SERVER in config.stash:
+        config.stash[SERVER].close()
+
+
+def _server(config: pytest.Config) -> Server:
+    if SERVER not in config.stash:
+        config.stash[SERVER] = start_server(config.stash[CHOICE])
+    return config.stash[SERVER]
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Server:
+    """The server of this run; `admin_url` is a superuser's."""
+    return _server(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def postgres_version(pytestconfig: pytest.Config) -> int:
+    """The major version asked for: for tests that start a bundled server of their own."""
+    return int(pytestconfig.getoption("--postgres-version"))
+
+
+@pytest.fixture(scope="session")
+def vector_schema(pytestconfig: pytest.Config) -> str:
+    """The schema where pgvector is installed in the test databases."""
+    return str(pytestconfig.getoption("--vector-schema"))
+
+
+@pytest.fixture(scope="session")
+def databases(postgres: Server, vector_schema: str) -> Iterator[Databases]:
+    """Makes and drops databases, for tests that need several."""
+    made = Databases(postgres, vector_schema)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def database_url(databases: Databases) -> Iterator[str]:
+    """A fresh migrated database."""
+    url = databases.migrated()
+    yield url
+    databases.drop(url)
+
+
+@pytest.fixture(scope="module")
+def shared_database_url(databases: Databases) -> Iterator[str]:
+    """A migrated database that the tests of one file share."""
+    url = databases.migrated()
+    yield url
+    databases.drop(url)
+
+
+@pytest.fixture
+def empty_database_url(databases: Databases) -> Iterator[str]:
+    """A fresh database with pgvector and without pgshelf."""
+    url = databases.empty()
+    yield url
+    databases.drop(url)
+
+
+MakeSettings = Callable[..., Any]
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path, vector_schema: str) -> MakeSettings:
+    """Makes Settings for a database: make_settings(url, max_k=5)."""
+    from pgshelf.settings import Settings
+
+    def make(url: str, **overrides: Any) -> Settings:
+        known = {"database_url": url, "data_dir": tmp_path / "data", "vector_schema": vector_schema}
+        return Settings(**{**known, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def settings(database_url: str, make_settings: MakeSettings) -> Any:
+    """Settings of an application on a database of its own."""
+    return make_settings(database_url)
+
+
+MakeClient = Callable[..., Awaitable[httpx2.AsyncClient]]
+
+
+@pytest.fixture
+async def make_client() -> AsyncIterator[MakeClient]:
+    """Starts an application in this process: `await make_client(settings)` gives an HTTP client for it."""
+    from pgshelf.app import create_app
+
+    async with AsyncExitStack() as stack:
+
+        async def make(settings: Any, **options: Any) -> httpx2.AsyncClient:
+            app = create_app(settings)
+            await stack.enter_async_context(_lifespan(app))
+            transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+            client = httpx2.AsyncClient(transport=transport, base_url="http://testserver", **options)
+            return await stack.enter_async_context(client)
+
+        yield make
+
+
+@pytest.fixture
+async def client(settings: Any, make_client: MakeClient) -> httpx2.AsyncClient:
+    """An HTTP client for an application that runs in this process, on a database of its own."""
+    return await make_client(settings)
+
+
+@asynccontextmanager
+async def _lifespan(app: Any) -> AsyncIterator[None]:
+    """Run an application's start and end in one task, as a server does: task groups insist on it."""
+    started, ending = asyncio.Event(), asyncio.Event()
+
+    async def live() -> None:
+        async with app.lifespan():
+            started.set()
+            await ending.wait()
+
+    task = asyncio.create_task(live())
+    waiting = asyncio.create_task(started.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    try:
+        yield
+    finally:
+        ending.set()
+        await task
+
+
+class LiveServer:
+    """A `pgshelf serve` of its own process group; `url` is its address, `output` what it printed so far."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.port = port
+        self._log = log
+        command = [str(Path(sys.executable).with_name("pgshelf")), "serve", "--port", str(port), *arguments]
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
+        """Wait until /ready says so; fails with the server's output."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                if httpx2.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.05)
+        pytest.fail(f"pgshelf serve was not ready (exit status {self.process.poll()}):\n{self.output}")
+
+    def stop(self, seconds: float = 30) -> int:
+        """End it as a terminal or an init system would and return its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it with all its processes, at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nothing left but perhaps a zombie
+            pass
+        self.process.wait()
+
+
+MakeLiveServer = Callable[..., LiveServer]
+
+
+@pytest.fixture
+def make_live_server(tmp_path: Path) -> Iterator[MakeLiveServer]:
+    """Starts `pgshelf serve` processes: make_live_server(url, "--workers", "2", wait=True, PGSHELF_MAX_K="5")."""
+    servers: list[LiveServer] = []
+
+    def make(url: str | None, *arguments: str, wait: bool = True, port: int = 0, **environment: str) -> LiveServer:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+        known = {"PGSHELF_DATABASE_URL": url or "", "PGSHELF_DATA_DIR": str(tmp_path / "data"), "PGSHELF_WORKERS": "1"}
+        log = tmp_path / f"serve-{len(servers)}.log"
+        server = LiveServer(list(arguments), {**inherited, **known, **environment}, port or _free_port(), log)
+        servers.append(server)
+        if wait:
+            server.wait_until_ready()
+        return server
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def live_server(database_url: str, make_live_server: MakeLiveServer) -> LiveServer:
+    """A running `pgshelf serve` on a database of its own."""
+    return make_live_server(database_url)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

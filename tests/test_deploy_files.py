@@ -1,0 +1,181 @@
+"""The files around the code say what is true: compose, Dockerfile, Makefile, CI, pre-commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TARGETS = {"help", "demo", "serve", "test", "check", "bench"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def make(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "ARGS"}}
+    command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    return load("docker-compose.yml")["services"]
+
+
+def test_compose_is_a_database_with_pgvector_a_migration_and_the_service(services):
+    assert set(services) == {"db", "migrate", "service"}
+    assert services["db"]["image"] == "pgvector/pgvector:pg18"
+    assert services["migrate"]["command"] == ["pgshelf", "migrate"]
+    assert services["migrate"]["restart"] == "no"
+
+
+def test_compose_keeps_the_data_where_postgresql_18_images_put_it(services):
+    assert services["db"]["volumes"] == ["database:/var/lib/postgresql"]
+    assert "database" in load("docker-compose.yml")["volumes"]
+    assert services["db"]["shm_size"] == "1gb"
+
+
+def test_compose_starts_in_order(services):
+    assert services["migrate"]["depends_on"] == {"db": {"condition": "service_healthy"}}
+    assert services["service"]["depends_on"] == {
+        "db": {"condition": "service_healthy"},
+        "migrate": {"condition": "service_completed_successfully"},
+    }
+    assert services["db"]["healthcheck"]["test"][1] == "pg_isready"
+    assert "/ready" in services["service"]["healthcheck"]["test"][-1]
+
+
+def test_compose_has_no_default_password(services):
+    required = "${POSTGRES_PASSWORD:?set it in .env}"
+    assert services["db"]["environment"]["POSTGRES_PASSWORD"] == required
+    for name in ("migrate", "service"):
+        assert services[name]["environment"]["PGPASSWORD"] == required
+    assert re.search(r"^POSTGRES_PASSWORD=$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+
+
+def test_compose_publishes_the_service_on_this_machine_only(services):
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert published == {"service": ["127.0.0.1:${PGSHELF_PORT:-8432}:8432"]}
+
+
+@pytest.mark.parametrize("file", ["docker-compose.yml", ".env.example", "Dockerfile"])
+def test_every_variable_is_a_setting(file):
+    from pgshelf.settings import Settings
+
+    variables = set(re.findall(r"\bPGSHELF_[A-Z_]+", (ROOT / file).read_text()))
+    assert variables
+    assert variables <= {f"PGSHELF_{name.upper()}" for name in Settings.__struct_fields__}
+
+
+def test_every_variable_of_compose_is_explained_and_every_explained_one_is_used():
+    explained = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    used = set(re.findall(r"\$\{([A-Z_]+)", (ROOT / "docker-compose.yml").read_text()))
+    assert explained == used
+
+
+def test_compose_starts_the_service_with_settings_that_are_accepted(services):
+    from pgshelf.settings import Settings
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{[A-Z_]+(?::-|-)([^}]*)\}", r"\1", text)
+
+    environment = {name: filled(value) for name, value in services["service"]["environment"].items()}
+    settings = Settings.from_env(environment)
+    assert settings.database_url == "postgresql://pgshelf@db:5432/pgshelf"
+    assert (settings.api_prefix, settings.workers) == ("/v1", os.cpu_count() or 1)
+
+
+def test_the_image_runs_as_its_own_user_on_the_default_port():
+    from pgshelf.settings import Settings
+
+    stage = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    assert "\nUSER pgshelf\n" in stage
+    assert f"\nEXPOSE {Settings().port}\n" in stage
+    assert f"127.0.0.1:{Settings().port}/health" in stage
+    assert 'CMD ["pgshelf", "serve", "--host", "0.0.0.0", "--port", "8432"]' in stage
+
+
+def test_the_image_is_built_from_files_that_exist_and_reach_the_daemon():
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {name.removeprefix("./") for line in copied for name in line.split()}
+    assert all((ROOT / name).exists() for name in sources)
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert sent == sources
+
+
+def test_make_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) == TARGETS
+    assert set(re.findall(r"^  make (\w+)", make(), re.MULTILINE)) == TARGETS
+
+
+def test_make_demo_keeps_serving_when_asked():
+    assert "pgshelf demo --keep" in make("--dry-run", "demo", "KEEP=1")
+    assert "--keep" not in make("--dry-run", "demo", "KEEP=")
+    assert "--keep" not in make("--dry-run", "demo", "KEEP=0")
+
+
+def test_make_test_judges_coverage_in_full_runs():
+    assert "--cov-fail-under=97 " in make("--dry-run", "test")
+    assert "--cov-fail-under=0 -k chunking" in make("--dry-run", "test", "ARGS=-k chunking")
+
+
+def test_make_says_what_it_needs_where_no_python_is_new_enough(tmp_path):
+    (tmp_path / "sdk").mkdir()
+    for name in ("Makefile", "pyproject.toml", "sdk/pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    old = tmp_path / "bin"
+    old.mkdir()
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        (old / name).write_text("#!/bin/sh\nexit 1\n")
+        (old / name).chmod(0o755)
+    environment = {"PATH": f"{old}:{os.environ['PATH']}"}
+    command = ["make", "-C", str(tmp_path), "demo"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode != 0
+    assert "Python 3.11 or newer" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_pre_commit_runs_the_commands_of_make_check():
+    hooks = [hook["entry"] for repository in load(".pre-commit-config.yaml")["repos"] for hook in repository["hooks"]]
+    commands = make("--dry-run", "--always-make", "check").splitlines()
+    checks = [line for line in commands if line.startswith(".venv/bin/") and " -m pip " not in line]
+    assert hooks == ["make .venv/dev.stamp", *checks]
+
+
+def test_ci_runs_every_supported_postgresql_and_python():
+    jobs = load(".github/workflows/ci.yml")["jobs"]
+    matrix = jobs["containers"]["strategy"]["matrix"]
+    assert matrix["postgres"] == ["16", "17", "18"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    pythons = [line.removeprefix("Programming Language :: Python :: ") for line in classifiers]
+    assert matrix["python"] == [version for version in pythons if re.fullmatch(r"3\.\d+", version)]
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert any(command.startswith("make check") for command in commands)
+    assert any(command.startswith("make test") for command in commands)
+
+
+def test_ci_run_is_executable_and_checks_before_it_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    assert 0 < text.index("\nmake check") < text.index("\nmake test")
+
+
+def test_every_ignored_lint_rule_has_its_reason():
+    section = (ROOT / "pyproject.toml").read_text().split("[tool.ruff.lint.per-file-ignores]")[1].split("\n[tool.")[0]
+    ignoring = [line for line in section.splitlines() if re.search(r'"[A-Z]+[0-9]+"', line)]
+    assert ignoring
+    assert all(re.search(r"# \S+", line) for line in ignoring)
