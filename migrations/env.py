@@ -6,7 +6,4 @@ from alembic import context
 
 from pgshelf import migrate
 
-if context.is_offline_mode():
-    migrate.run_offline(context, os.environ)
-else:
-    migrate.run_online(context, os.environ)
+migrate.run_environment(context, os.environ)

@@ -63,8 +63,11 @@ def test_compose_has_no_default_password(services):
 
 
 def test_compose_publishes_the_service_on_this_machine_only(services):
+    """That is also what lets it serve without authentication."""
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert published == {"service": ["127.0.0.1:${PGSHELF_PORT:-8432}:8432"]}
+    assert services["service"]["environment"]["PGSHELF_ALLOW_UNAUTHENTICATED"] == "true"
+    assert "ALLOW_UNAUTHENTICATED=true" not in (ROOT / ".env.example").read_text()
 
 
 @pytest.mark.parametrize("file", ["docker-compose.yml", ".env.example", "Dockerfile"])
@@ -91,6 +94,7 @@ def test_compose_starts_the_service_with_settings_that_are_accepted(services):
     environment = {name: filled(value) for name, value in services["service"]["environment"].items()}
     settings = Settings.from_env(environment)
     assert settings.database_url == "postgresql://pgshelf@db:5432/pgshelf"
+    assert settings.allow_unauthenticated
     assert (settings.api_prefix, settings.workers) == ("/v1", os.cpu_count() or 1)
 
 

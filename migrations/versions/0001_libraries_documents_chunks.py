@@ -19,12 +19,14 @@ create function pgshelf.documents_deleted() returns trigger language plpgsql as
   $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
 """
 
-# What columns and indexes are computed from; a change of meaning needs a migration that rewrites them, so they live here.
+# What columns are computed from; a change of meaning needs a migration that rewrites them, so they live here.
 COMPUTED = """
 create function pgshelf.place_of(p_library uuid, p_document uuid, p_fanout int) returns int
   immutable parallel safe language sql
-  as $$ select ('x' || substr(md5(p_library::text || case when p_fanout > 1
-    then (('x' || substr(md5(p_document::text), 1, 7))::bit(28)::int % p_fanout)::text else '' end), 1, 7))::bit(28)::int $$;
+as $$
+  select ('x' || substr(md5(p_library::text || case when p_fanout > 1 then
+      (('x' || substr(md5(p_document::text), 1, 7))::bit(28)::int % p_fanout)::text else '' end), 1, 7))::bit(28)::int
+$$;
 
 -- immutable by promise: a text search configuration is named, never taken from the session
 create function pgshelf.words(p_language text, p_text text) returns tsvector
@@ -55,8 +57,8 @@ create table pgshelf.libraries (
   updated_at timestamptz not null default now(),
   deleted_at timestamptz,
   constraint libraries_pkey primary key (id),
-  constraint libraries_name_check check (char_length(name) between 1 and 128 and name !~ '[[:cntrl:]]' and name = btrim(name)
-    and name !~* '^\\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\}?$'),
+  constraint libraries_name_check check (char_length(name) between 1 and 128 and name !~ '[[:cntrl:]]'
+    and name = btrim(name) and name !~* '^\\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\}?$'),
   constraint libraries_dimension_check check (dimension between 1 and 16000),
   constraint libraries_metric_check check (metric in ('cosine', 'l2', 'inner_product', 'l1')),
   constraint libraries_embedder_check check (jsonb_typeof(embedder) = 'object' and embedder ? 'provider'
@@ -156,8 +158,8 @@ declare
   v_name text;
 begin
   -- everything of sql/ first, views before functions, all without cascade: whatever depends from outside refuses
-  for v_name in select c.oid::regclass from pg_class c where c.relnamespace = 'pgshelf'::regnamespace and c.relkind = 'v'
-    order by c.oid desc loop
+  for v_name in select c.oid::regclass from pg_class c
+    where c.relnamespace = 'pgshelf'::regnamespace and c.relkind = 'v' order by c.oid desc loop
     execute 'drop view ' || v_name;
   end loop;
   -- the tables need these three kinds: their triggers' functions and what their columns are computed from
@@ -166,7 +168,8 @@ begin
     execute 'drop routine ' || v_name;
   end loop;
   drop table pgshelf.move_log, pgshelf.chunks, pgshelf.documents, pgshelf.libraries;
-  drop function pgshelf.chunk_written(), pgshelf.documents_deleted(), pgshelf.words(text, text), pgshelf.place_of(uuid, uuid, int);
+  drop function pgshelf.chunk_written(), pgshelf.documents_deleted();
+  drop function pgshelf.words(text, text), pgshelf.place_of(uuid, uuid, int);
 end $$;
 """
 

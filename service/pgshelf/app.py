@@ -32,7 +32,9 @@ TAGS = [
 def create_app(settings: Settings) -> Litestar:
     """The ASGI application over the database of `settings.database_url`, which must be set."""
     if not settings.database_url:
-        raise ValueError("create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none")
+        raise ValueError(
+            "create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none"
+        )
     engine = database.make_engine(settings, settings.database_url)
 
     @contextlib.asynccontextmanager

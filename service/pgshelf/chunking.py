@@ -43,7 +43,8 @@ def split(text: str, size: int, overlap: int = 0) -> list[str]:
     chunks: list[str] = []
     before = 0
     for start, end in _spans(text, size - overlap):
-        chunks.append(text[_overlapping(text, before, start, overlap) if overlap and chunks else start : end])
+        first = _overlapping(text, before, start, end, overlap) if overlap and chunks else start
+        chunks.append(text[first:end])
         before = start
     return chunks
 
@@ -68,20 +69,21 @@ def _spans(text: str, capacity: int) -> Iterator[Span]:
 
 
 def _with_body(text: str, start: int, end: int, capacity: int) -> int:
-    """Where the chunk ends when its heading takes along as much as fits of what follows; `end` if it is no heading."""
-    while end - start <= capacity // 2 and _ONLY_HEADINGS.match(text, start, end):
+    """Where the chunk ends when a heading, or a scrap inside a section, takes along what fits of what follows it."""
+    while end - start <= capacity // 2:
         body = _after(_SPACE, text, end)
+        scrap = end - start < capacity // 8 and not _BEGINS_SECTION.match(text, body, body + capacity)
         room = capacity - (body - start)
-        if body == len(text) or room < capacity // 4:
+        if body == len(text) or room < capacity // 4 or not (scrap or _ONLY_HEADINGS.match(text, start, end)):
             break
         at, piece = MarkdownSplitter(room).chunk_indices(text[body : body + 2 * room])[0]
         end = body + at + len(piece)
     return end
 
 
-def _overlapping(text: str, before: int, start: int, overlap: int) -> int:
-    """Where the chunk that starts at `start` starts when it repeats the end of the chunk that started at `before`."""
-    if _BEGINS_SECTION.match(text, start):
+def _overlapping(text: str, before: int, start: int, end: int, overlap: int) -> int:
+    """Where the chunk from `start` to `end` starts when it repeats the end of the chunk that started at `before`."""
+    if _BEGINS_SECTION.match(text, start, end):
         return start
     first = max(before, start - overlap)
     if first == before:

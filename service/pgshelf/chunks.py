@@ -76,7 +76,12 @@ async def list_chunks(
     return Page(found[:size], str(found[size - 1].ordinal) if len(found) > size else None)
 
 
-@get("/libraries/{library:str}/chunks/{chunk:str}", responses=problems(404), summary="Get a chunk", operation_id="getChunk")
+@get(
+    "/libraries/{library:str}/chunks/{chunk:str}",
+    responses=problems(404),
+    summary="Get a chunk",
+    operation_id="getChunk",
+)
 async def get_chunk(library: str, chunk: str, engine: Engine, include: Include = None) -> Chunk:
     """Get a chunk by its id."""
     rows = await database.run(
@@ -98,7 +103,7 @@ async def get_chunk(library: str, chunk: str, engine: Engine, include: Include =
 )
 async def update_chunk(
     library: str, chunk: str, data: PatchChunk, engine: Engine, settings: Config, wait: Wait = True
-) -> Answer:
+) -> Answer[Chunk]:
     """Change text, embedding or metadata of a chunk; its id and its place stay."""
     chunk_id = _id(chunk)
     vector = None if data.embedding is None else limits.vector(data.embedding, "embedding")
@@ -119,7 +124,12 @@ async def update_chunk(
     return Answer(changed, status_code=202 if changed.status == "pending" else 200)
 
 
-@delete("/libraries/{library:str}/chunks/{chunk:str}", responses=problems(404), summary="Delete a chunk", operation_id="deleteChunk")
+@delete(
+    "/libraries/{library:str}/chunks/{chunk:str}",
+    responses=problems(404),
+    summary="Delete a chunk",
+    operation_id="deleteChunk",
+)
 async def delete_chunk(library: str, chunk: str, engine: Engine) -> None:
     """Delete a chunk; the ordinals of the others stay."""
     chunk_id = _id(chunk)
@@ -134,8 +144,10 @@ def _id(chunk: str) -> UUID:
 
 
 def _chunk(row: tuple[Any, ...]) -> Chunk:
-    embedding: Vector | None = row[7]
-    return Chunk(*row[:7], embedding.to_list() if embedding is not None else None)
+    *columns, embedding = row
+    chunk = Chunk(*columns)
+    chunk.embedding = embedding.to_list() if isinstance(embedding, Vector) else None
+    return chunk
 
 
 router = Router("/", route_handlers=[list_chunks, get_chunk, update_chunk, delete_chunk], tags=["chunks"])

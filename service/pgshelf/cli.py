@@ -146,7 +146,9 @@ def _check_address(settings: Settings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            raise Failure(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port.") from None
+            raise Failure(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port."
+            ) from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -158,11 +160,14 @@ def _is_loopback(host: str) -> bool:
 
 def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
     default, shown = Settings(), settings.summary()
-    changed = [f"    {name} = {text}" for name, text in shown.items() if getattr(settings, name) != getattr(default, name)]
+    changed = [
+        f"    {name} = {text}" for name, text in shown.items() if getattr(settings, name) != getattr(default, name)
+    ]
     lines = [
         f"pgshelf {__version__}",
         f"  API      http://{settings.host}:{settings.port}{settings.api_prefix}   (reference: /schema, state: /ready)",
-        f"  database {shown['database_url'] if server is None else f'PostgreSQL {server.version}, bundled, in {server.data_dir}'}",
+        "  database "
+        + (shown["database_url"] if server is None else f"PostgreSQL {server.version}, bundled, in {server.data_dir}"),
     ]
     if server is not None:
         lines.append(f"  psql     {server.psql_command()}")

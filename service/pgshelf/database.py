@@ -54,7 +54,8 @@ def connect(url: str, name: str) -> psycopg.Connection[Any]:
 def make_engine(settings: Settings, url: str) -> AsyncEngine:
     """The pool of a serving process. Custom plans always: a generic one would lock every shelf."""
     options = (
-        f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c lock_timeout={int(settings.lock_timeout * 1000)}"
+        f"-c statement_timeout={int(settings.statement_timeout * 1000)}"
+        f" -c lock_timeout={int(settings.lock_timeout * 1000)}"
         " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
     )
     existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")

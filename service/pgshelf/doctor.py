@@ -61,13 +61,19 @@ def _server(connection: Connection) -> Iterator[Finding]:
 def _extension(connection: Connection) -> Iterator[Finding]:
     row = _one(connection, "select extversion from pg_extension where extname = 'vector'")
     if row is None:
-        yield Finding("fail", "pgvector is not installed here: create extension vector (pgshelf migrate does it where it may)")
+        yield Finding(
+            "fail", "pgvector is not installed here: create extension vector (pgshelf migrate does it where it may)"
+        )
         return
     version = tuple(int(part) for part in row[0].split(".")[:3])
     if version < (0, 8, 0):
-        yield Finding("fail", f"pgvector {row[0]} is too old; install 0.8.0 or newer, then: alter extension vector update")
+        yield Finding(
+            "fail", f"pgvector {row[0]} is too old; install 0.8.0 or newer, then: alter extension vector update"
+        )
     elif version < (0, 8, 6):
-        yield Finding("warn", f"pgvector {row[0]} works; 0.8.6 or newer repairs links that older ones lose after vacuum")
+        yield Finding(
+            "warn", f"pgvector {row[0]} works; 0.8.6 or newer repairs links that older ones lose after vacuum"
+        )
     else:
         yield Finding("ok", f"pgvector {row[0]}")
 
@@ -82,13 +88,17 @@ def _schema(connection: Connection) -> Iterator[Finding]:
     if found == (revision, fingerprint):
         yield Finding("ok", f"the schema is at revision {revision}, with the functions of this version")
     else:
-        yield Finding("fail", f"the schema is not that of this version (wanted revision {revision}); run pgshelf migrate")
+        yield Finding(
+            "fail", f"the schema is not that of this version (wanted revision {revision}); run pgshelf migrate"
+        )
 
 
 def _roles(connection: Connection) -> Iterator[Finding]:
     for role in ("pgshelf_reader", "pgshelf_writer"):
         if _one(connection, "select 1 from pg_roles where rolname = %s", role) is None:
-            yield Finding("warn", f"the role {role} is missing: a DBA runs create role {role} nologin, then pgshelf migrate")
+            yield Finding(
+                "warn", f"the role {role} is missing: a DBA runs create role {role} nologin, then pgshelf migrate"
+            )
         elif not (_one(connection, "select has_schema_privilege(%s, 'pgshelf', 'usage')", role) or (False,))[0]:
             yield Finding("warn", f"the role {role} has no grants here; run pgshelf migrate")
         else:
@@ -107,7 +117,9 @@ def _indexes(connection: Connection) -> Iterator[Finding]:
 
 
 def _pending(connection: Connection) -> Iterator[Finding]:
-    row = _one(connection, "select count(*), count(*) filter (where failed), max(error) from pgshelf.pending_embeddings")
+    row = _one(
+        connection, "select count(*), count(*) filter (where failed), max(error) from pgshelf.pending_embeddings"
+    )
     waiting, failed, error = row or (0, 0, None)
     if failed:
         yield Finding("warn", f"{failed} chunks could not be embedded, the last reason: {error}")
@@ -119,7 +131,9 @@ def _parameters(connection: Connection) -> Iterator[Finding]:
         if _setting(connection, name) == "off":
             yield Finding("warn", f"{name} is off: acknowledged writes can be lost when the machine fails")
     if int(_setting(connection, "max_locks_per_transaction")) < 128:
-        yield Finding("warn", "max_locks_per_transaction is below 128; raise it before there are thousands of libraries")
+        yield Finding(
+            "warn", "max_locks_per_transaction is below 128; raise it before there are thousands of libraries"
+        )
 
 
 def _connections(settings: Settings) -> Iterator[Finding]:

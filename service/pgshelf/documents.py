@@ -44,7 +44,7 @@ Floats = Annotated[list[float], Meta(min_length=1, max_length=16000)]
 
 
 class ChunkInput(msgspec.Struct, forbid_unknown_fields=True):
-    """One passage; without an embedding the library's embedder makes it. Bytes are little-endian float32 (base64 in JSON)."""
+    """One passage; without an embedding the embedder makes it. Bytes are little-endian float32, base64 in JSON."""
 
     text: str
     embedding: Floats | bytes | None = None
@@ -65,8 +65,8 @@ class DocumentInput(msgspec.Struct, forbid_unknown_fields=True):
 class PatchDocument(msgspec.Struct, forbid_unknown_fields=True):
     """What shall change of a document itself; `metadata` is a merge patch (RFC 7396)."""
 
-    title: Title | None | UnsetType = UNSET
-    source: str | None | UnsetType = UNSET
+    title: Title | UnsetType | None = UNSET
+    source: str | UnsetType | None = UNSET
     metadata: dict[str, Any] | UnsetType = UNSET
 
 
@@ -110,14 +110,20 @@ WRITTEN = {
     operation_id="addDocument",
     response_headers=[ETAG],
 )
-async def add_document(library: str, data: DocumentInput, engine: Engine, settings: Config, wait: Wait = True) -> Answer:
+async def add_document(
+    library: str, data: DocumentInput, engine: Engine, settings: Config, wait: Wait = True
+) -> Answer[Document]:
     """Store a document with all its chunks, in one transaction."""
     return await _write(engine, settings, library, None, data, None, wait)
 
 
 @put(
     "/libraries/{library:str}/documents/{document:str}",
-    responses={201: ResponseSpec(Document, description="Created", generate_examples=False), **WRITTEN, **WRITE_PROBLEMS},
+    responses={
+        201: ResponseSpec(Document, description="Created", generate_examples=False),
+        **WRITTEN,
+        **WRITE_PROBLEMS,
+    },
     summary="Put a document",
     operation_id="putDocument",
     response_headers=[ETAG],
@@ -130,7 +136,7 @@ async def put_document(
     settings: Config,
     wait: Wait = True,
     if_match: IfMatch = None,
-) -> Answer:
+) -> Answer[Document]:
     """Create or replace the document of a key, or replace the document of an id."""
     document_id = _id(document)
     if document_id is None:
@@ -175,7 +181,7 @@ async def list_documents(
     operation_id="getDocument",
     response_headers=[ETAG],
 )
-async def get_document(library: str, document: str, engine: Engine) -> Answer:
+async def get_document(library: str, document: str, engine: Engine) -> Answer[Document]:
     """Get a document by its key or id."""
     async with database.transaction(engine) as connection:
         return _answer(await _read(connection, library, document))
@@ -190,7 +196,7 @@ async def get_document(library: str, document: str, engine: Engine) -> Answer:
 )
 async def update_document(
     library: str, document: str, data: PatchDocument, engine: Engine, settings: Config, if_match: IfMatch = None
-) -> Answer:
+) -> Answer[Document]:
     """Change title, source or metadata; the chunks stay."""
     if data.title is not UNSET:
         limits.bounded_text(data.title, settings.max_title_length, "title")
@@ -236,7 +242,7 @@ async def _write(
     data: DocumentInput,
     version: int | None,
     wait: bool,
-) -> Answer:
+) -> Answer[Document]:
     _check(data, document_id, settings)
     config = await library_config(engine, library)
     texts, vectors, metadata, paths = _passages(data, config, settings)
@@ -254,7 +260,9 @@ async def _write(
     async with database.transaction(engine) as connection:
         found = await _read(connection, str(config.id), str(written))
     waiting = found.chunks.pending > 0
-    return _answer(found, 202 if waiting else 201 if created else 200, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")
+    return _answer(
+        found, 202 if waiting else 201 if created else 200, f"{settings.api_prefix}/libraries/{quote(library, safe='')}"
+    )
 
 
 def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:
@@ -291,7 +299,9 @@ def _passages(data: DocumentInput, config: LibraryConfig, settings: Settings) ->
         None if chunk.embedding is None else limits.vector(chunk.embedding, f"chunks[{index}].embedding")
         for index, chunk in enumerate(given)
     ]
-    metadata = [limits.metadata(chunk.metadata, settings, f"chunks[{index}].metadata") for index, chunk in enumerate(given)]
+    metadata = [
+        limits.metadata(chunk.metadata, settings, f"chunks[{index}].metadata") for index, chunk in enumerate(given)
+    ]
     return [chunk.text for chunk in given], vectors, metadata, paths
 
 
@@ -340,12 +350,12 @@ async def _read(connection: AsyncConnection, library: str, document: str) -> Doc
 
 
 def _document(row: tuple[Any, ...]) -> Document:
-    total, pending, failed = row[8:]
-    status = "failed" if failed else "pending" if pending else "ready"
-    return Document(*row[:8], chunks=ChunkCounts(total, pending, failed), status=status)
+    *columns, total, pending, failed = row
+    counts = ChunkCounts(total, pending, failed)
+    return Document(*columns, counts, "failed" if failed else "pending" if pending else "ready")
 
 
-def _answer(document: Document, status: int = 200, library_path: str | None = None) -> Answer:
+def _answer(document: Document, status: int = 200, library_path: str | None = None) -> Answer[Document]:
     headers = {"ETag": f'"{document.version}"'}
     if library_path is not None:
         headers["Location"] = f"{library_path}/documents/{document.id}"

@@ -117,22 +117,12 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start PostgreSQL or join the running one, and create the database when it is missing."""
-        try:
-            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._start_lock():
-                self._prepare()
-                self._ensure_running()
-                self._ensure_database()
-                if self._user_lock is None:
-                    self._user_lock = _open_lock(self.data_dir / "users.lock")
-                    fcntl.flock(self._user_lock, fcntl.LOCK_SH)
-        except (OSError, subprocess.SubprocessError, psycopg.Error) as error:
-            raise EmbeddedError(f"PostgreSQL could not be started in {self.data_dir}: {error}") from error
+        self._start(only_if_used=False)
 
     def ensure_running(self) -> None:
-        """Start PostgreSQL again when it has died since `start`; cheap when it runs."""
-        if self._ping() is not pq.Ping.OK:
-            self.start()
+        """Start PostgreSQL again when it has died since `start`; cheap when it runs. Any thread may call it."""
+        if self._user_lock is not None and self._ping() is not pq.Ping.OK:
+            self._start(only_if_used=True)
 
     def stop(self) -> None:
         """Give the server up; PostgreSQL stops (fast) when no other process uses it."""
@@ -158,6 +148,21 @@ class EmbeddedServer:
         self.stop()
 
     # -- starting, under the start lock
+
+    def _start(self, only_if_used: bool) -> None:
+        try:
+            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._start_lock():
+                if only_if_used and self._user_lock is None:  # another thread has stopped it meanwhile
+                    return
+                self._prepare()
+                self._ensure_running()
+                self._ensure_database()
+                if self._user_lock is None:
+                    self._user_lock = _open_lock(self.data_dir / "users.lock")
+                    fcntl.flock(self._user_lock, fcntl.LOCK_SH)
+        except (OSError, subprocess.SubprocessError, psycopg.Error) as error:
+            raise EmbeddedError(f"PostgreSQL could not be started in {self.data_dir}: {error}") from error
 
     def _prepare(self) -> None:
         """Choose the account, make the directories and, once, the cluster."""
@@ -384,7 +389,7 @@ def _account_for(pgdata: Path) -> tuple[int, int] | None:
 
 def _open_the_way(programs: Path, data_dir: Path) -> None:
     """Let the server's user reach the programs and the data, which root may have hidden from others."""
-    for directory in {*programs.parents, data_dir, *data_dir.parents}:
+    for directory in sorted({*programs.parents, data_dir, *data_dir.parents}):
         _add_mode(directory, stat.S_IXOTH)
     installation = programs.parent
     if not (programs / "postgres").stat().st_mode & stat.S_IXOTH:  # installed under a strict umask

@@ -49,7 +49,9 @@ async def embed(choice: dict[str, Any], texts: Sequence[str], kind: Kind, paths:
             return [Vector(row) for row in await embedder_of(choice).embed(texts, kind)]
     except TextRefused as error:
         path = paths[error.index]
-        raise Problem("text_not_embeddable", f"{path}: {error}", errors=[{"path": path, "message": str(error)}]) from error
+        raise Problem(
+            "text_not_embeddable", f"{path}: {error}", errors=[{"path": path, "message": str(error)}]
+        ) from error
     except EmbedderUnavailable as error:
         raise Problem("embedder_unavailable", str(error), retry_after=error.retry_after) from error
     except EmbedderError as error:

@@ -15,7 +15,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.datastructures import MutableScopeHeaders
 from litestar.dto import AbstractDTO
-from litestar.enums import MediaType
+from litestar.enums import MediaType, ScopeType
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import Dependency, Parameter
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -74,7 +74,9 @@ class ProblemBody(msgspec.Struct, omit_defaults=True):
 def problems(*statuses: int) -> dict[int, ResponseSpec]:
     """What a route documents of its errors; those that any route may answer are added."""
     return {
-        status: ResponseSpec(ProblemBody, generate_examples=False, media_type="application/problem+json", description=text)
+        status: ResponseSpec(
+            ProblemBody, generate_examples=False, media_type="application/problem+json", description=text
+        )
         for status, text in PROBLEMS.items()
         if status in {400, 500, 503, 504, *statuses}
     }
@@ -109,14 +111,14 @@ class Body(AbstractDTO[Any]):
     def decode_bytes(self, value: bytes) -> Any:
         """The body as the struct that the handler asks for."""
         request = self.asgi_connection
-        model: Any = request.route_handler.parsed_data_field.annotation  # type: ignore[union-attr]  # it has one, or no DTO
+        model: Any = request.route_handler.parsed_data_field.annotation
         with stage("decode"):
             if _media_type(request.headers.get("content-type", "")) in MSGPACK_TYPES:
                 return msgspec.msgpack.decode(value, type=model)
             return msgspec.json.decode(value, type=model)
 
 
-class Answer(Response[Any]):
+class Answer(Response[T]):
     """An answer in the format that the client prefers."""
 
     def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **options: Any) -> Any:
@@ -145,9 +147,7 @@ def render_problem(request: Request[Any, Any, Any], error: Exception) -> Respons
         sqlstate=problem.sqlstate,
         errors=[FieldError(**item) for item in problem.errors] if problem.errors else None,
     )
-    return Response(
-        body, status_code=problem.status, headers=problem.headers, media_type="application/problem+json"
-    )
+    return Response(body, status_code=problem.status, headers=problem.headers, media_type="application/problem+json")
 
 
 def _media_type(header: str) -> str:
@@ -161,7 +161,7 @@ class Edge:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             await self.app(scope, receive, send)
             return
         started, spent = time.perf_counter(), dict[str, float]()
@@ -189,7 +189,10 @@ def decode_path(app: ASGIApp) -> ASGIApp:
     """Behind routing: percent-decode path parameters once, and refuse bodies that are neither JSON nor MessagePack."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == ScopeType.HTTP:
+            if scope["method"] == "OPTIONS":
+                await _options(scope, receive, send)
+                return
             try:
                 scope["path_params"] = {
                     name: unquote(value, errors="strict") if isinstance(value, str) else value
@@ -201,6 +204,15 @@ def decode_path(app: ASGIApp) -> ASGIApp:
         await app(scope, receive, send)
 
     return middleware
+
+
+async def _options(scope: Any, receive: Receive, send: Send) -> None:
+    """All methods of an address: Litestar's own answer knows those of one handler only."""
+    routes = [route for route in scope["litestar_app"].routes if route.path_format == scope["path_template"]]
+    allow = ", ".join(sorted({method for route in routes for method in route.methods}))
+    headers: list[tuple[bytes, bytes]] = [(b"allow", allow.encode())]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_content_type(scope: Any) -> None:

@@ -58,7 +58,7 @@ class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
     """What shall change; `metadata` is a merge patch (RFC 7396)."""
 
     name: Name | UnsetType = UNSET
-    description: Description | None | UnsetType = UNSET
+    description: Description | UnsetType | None = UNSET
     chunking: ChunkingChoice | UnsetType = UNSET
     metadata: dict[str, Any] | UnsetType = UNSET
 
@@ -120,7 +120,7 @@ LIBRARY_PROBLEMS = problems(404)
 
 
 @post("/libraries", responses=problems(409, 413, 415, 422), summary="Create a library", operation_id="createLibrary")
-async def create_library(data: CreateLibrary, engine: Engine, settings: Config) -> Answer:
+async def create_library(data: CreateLibrary, engine: Engine, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
     provider, model, dimension = _embedder(data, settings)
     size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
@@ -191,18 +191,26 @@ async def update_library(library: str, data: PatchLibrary, engine: Engine, setti
     return changed
 
 
-@delete("/libraries/{library:str}", responses=problems(404, 409), summary="Delete a library", operation_id="deleteLibrary")
+@delete(
+    "/libraries/{library:str}", responses=problems(404, 409), summary="Delete a library", operation_id="deleteLibrary"
+)
 async def delete_library(library: str, engine: Engine) -> None:
     """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
     await database.run(engine, "select pgshelf.delete_library(%s)", library)
 
 
-@get("/libraries/{library:str}/stats", responses=LIBRARY_PROBLEMS, summary="Numbers of a library", operation_id="libraryStats")
+@get(
+    "/libraries/{library:str}/stats",
+    responses=LIBRARY_PROBLEMS,
+    summary="Numbers of a library",
+    operation_id="libraryStats",
+)
 async def library_stats(library: str, engine: Engine) -> Stats:
     """Count documents, chunks, pending and failed embeddings, and bytes."""
     rows = await database.run(
         engine,
-        "select s.*, (l).shelf, (l).index_state from (select pgshelf.library_named(%s) as l) x, pgshelf.library_stats((l).id) s",
+        "select s.*, (l).shelf, (l).index_state"
+        " from (select pgshelf.library_named(%s) as l) x, pgshelf.library_stats((l).id) s",
         library,
     )
     documents, chunks, pending, failed, size, shelf, state = rows[0]
@@ -215,7 +223,9 @@ def _embedder(data: CreateLibrary, settings: Settings) -> tuple[str, str | None,
         raise invalid("dimension", f"is {data.dimension}, but embedder.dimension is {choice.dimension}")
     dimension = choice.dimension or data.dimension
     if choice.provider not in PROVIDERS:
-        raise Problem("embedder_not_configured", f"There is no embedder {choice.provider!r}; choose {' or '.join(PROVIDERS)}.")
+        raise Problem(
+            "embedder_not_configured", f"There is no embedder {choice.provider!r}; choose {' or '.join(PROVIDERS)}."
+        )
     if choice.provider == "none":
         if dimension is None:
             raise invalid("dimension", "is required where the client brings the vectors (embedder none)")

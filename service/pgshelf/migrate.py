@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 SCHEMA = "pgshelf"
 LOCK = (0x70677368, 1)  # advisory lock of migrations: "pgsh", 1
 LOCK_WAIT = 120.0  # seconds that a second migrator waits for the first
-GUARDS = "set lock_timeout = '10s'; set statement_timeout = '15min'; set search_path = pg_catalog, pg_temp; set jit = off"
+GUARDS = (
+    "set lock_timeout = '10s'; set statement_timeout = '15min'; set search_path = pg_catalog, pg_temp; set jit = off"
+)
 
 
 class MigrationError(RuntimeError):
@@ -62,7 +64,7 @@ def head() -> str:
 
 
 def upgrade(url: str, revision: str = "head", *, vector_schema: str = "public") -> None:
-    """Bring the database at `url` to `revision` and apply sql/; safe to repeat and to run from several places at once."""
+    """Bring the database at `url` to `revision` and apply sql/; safe to repeat, and for several to run at once."""
     _command(command.upgrade, url, revision, vector_schema)
 
 
@@ -96,7 +98,8 @@ def _command(call: Callable[[Config, str], None], url: str, revision: str, vecto
         call(_config(url, vector_schema), revision)
     except psycopg.errors.DependentObjectsStillExist as error:
         raise MigrationError(
-            f"nothing was changed: {error.diag.message_primary}. Drop what depends on it first: {error.diag.message_detail}"
+            f"nothing was changed: {error.diag.message_primary}. "
+            f"Drop what depends on it first: {error.diag.message_detail}"
         ) from error
     except psycopg.Error as error:
         hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""
@@ -114,7 +117,9 @@ def _run(context: Any, statements: str) -> None:
 def _filled(statements: str, vector_schema: str) -> str:
     ident, literal = sql.Identifier(vector_schema).as_string(), sql.Literal(vector_schema).as_string()
     return (
-        statements.replace("@vector@", ident).replace("@vector_ident@", ident).replace("@vector_literal@", literal.strip())
+        statements.replace("@vector@", ident)
+        .replace("@vector_ident@", ident)
+        .replace("@vector_literal@", literal.strip())
     )
 
 
@@ -153,6 +158,14 @@ def _options() -> dict[str, Any]:
         "transaction_per_migration": True,
         "compare_server_default": False,
     }
+
+
+def run_environment(context: Any, environ: Mapping[str, str]) -> None:
+    """What env.py does: `context` is Alembic's module of that name, which stands for the current environment."""
+    if context.is_offline_mode():
+        run_offline(context, environ)
+    else:
+        run_online(context, environ)
 
 
 def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:

@@ -65,7 +65,8 @@ class SearchAnswer(msgspec.Struct):
 
 
 # the statement that pgshelf.search executes, by calling it
-STATEMENT = """select * from pgshelf.search(%s, %s, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
+STATEMENT = """select * from pgshelf.search(
+  %s, %s, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
 
 
 @post(
@@ -105,7 +106,9 @@ def _check(data: SearchRequest, settings: Settings) -> None:
     if data.k > settings.max_k:
         raise invalid("k", f"is {data.k}, at most {settings.max_k} is allowed")
     if data.offset > settings.max_offset:
-        raise invalid("offset", f"is {data.offset}, at most {settings.max_offset} is allowed; narrow the search instead")
+        raise invalid(
+            "offset", f"is {data.offset}, at most {settings.max_offset} is allowed; narrow the search instead"
+        )
 
 
 def _hit(row: tuple[Any, ...], include: list[Part]) -> Hit:

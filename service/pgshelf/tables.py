@@ -82,7 +82,9 @@ libraries = Table(
 documents = Table(
     "documents",
     metadata,
-    Column("place", Integer, nullable=False, comment="Stable hash of the library, the distribution column on a cluster."),
+    Column(
+        "place", Integer, nullable=False, comment="Stable hash of the library, the distribution column on a cluster."
+    ),
     Column("library_id", UUID(as_uuid=True), nullable=False),
     Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
     Column("key", Text, comment="The caller's own name for the document, unique in its library."),

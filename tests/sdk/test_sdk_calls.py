@@ -1,0 +1,314 @@
+"""What each method sends, and what it makes of the answer."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from datetime import UTC, datetime
+
+import httpx2
+import msgspec
+import pytest
+
+import pgshelf_client
+from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
+from tests.sdk.script import CHUNK, DOCUMENT, HIT, LIBRARY, Script, ok
+
+FOUND = {"hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5}
+STATS = {
+    "documents": 2, "chunks": 5, "pending": 1, "failed": 0, "bytes": 4096, "shelf": 0,
+    "index": {"type": "flat", "state": "ready", "progress": 1.0},
+}  # fmt: skip
+
+# method, arguments, options; what the server answers; what it was asked, and the body
+CALLS = [
+    ("health", (), {}, {"status": "ok", "version": "0.1.0"}, "GET /health", None),
+    ("ready", (), {}, {"status": "ready", "checks": {"database": "ok"}}, "GET /ready", None),
+    ("create_library", ("handbook",), {}, LIBRARY, "POST /v1/libraries", {"name": "handbook"}),
+    (
+        "create_library", ("h",),
+        {"embedder": {"provider": "none"}, "dimension": 3, "metric": "l2", "language": "german", "description": "d",
+         "chunking": {"size": 500}, "metadata": {"a": None}},
+        LIBRARY, "POST /v1/libraries",
+        {"name": "h", "embedder": {"provider": "none"}, "dimension": 3, "metric": "l2", "language": "german",
+         "description": "d", "chunking": {"size": 500}, "metadata": {"a": None}},
+    ),
+    ("get_library", ("handbook",), {}, LIBRARY, "GET /v1/libraries/handbook", None),
+    ("update_library", ("handbook",), {"name": "book"}, LIBRARY, "PATCH /v1/libraries/handbook", {"name": "book"}),
+    (
+        "update_library", ("handbook",), {"description": None, "chunking": {"size": 9}, "metadata": {"a": None}},
+        LIBRARY, "PATCH /v1/libraries/handbook",
+        {"description": None, "chunking": {"size": 9}, "metadata": {"a": None}},
+    ),
+    ("library_stats", ("handbook",), {}, STATS, "GET /v1/libraries/handbook/stats", None),
+    ("add_document", ("handbook",), {"text": "t"}, DOCUMENT, "POST /v1/libraries/handbook/documents", {"text": "t"}),
+    (
+        "add_document", ("handbook",),
+        {"key": "k", "title": "T", "source": "s", "metadata": {"n": 1}, "wait": False,
+         "chunks": [{"text": "a", "embedding": (1, 0.5), "metadata": {"x": "y"}}, {"text": "b", "embedding": None}]},
+        DOCUMENT, "POST /v1/libraries/handbook/documents?wait=false",
+        {"key": "k", "title": "T", "source": "s", "metadata": {"n": 1},
+         "chunks": [{"text": "a", "embedding": [1.0, 0.5], "metadata": {"x": "y"}}, {"text": "b"}]},
+    ),
+    (
+        "put_document", ("handbook", "vacuum"), {"text": "t", "wait": True}, DOCUMENT,
+        "PUT /v1/libraries/handbook/documents/vacuum?wait=true", {"text": "t"},
+    ),
+    ("get_document", ("handbook", "vacuum"), {}, DOCUMENT, "GET /v1/libraries/handbook/documents/vacuum", None),
+    (
+        "update_document", ("handbook", "vacuum"), {"title": None}, DOCUMENT,
+        "PATCH /v1/libraries/handbook/documents/vacuum", {"title": None},
+    ),
+    (
+        "update_document", ("handbook", "vacuum"), {"source": "s", "metadata": {"a": {"b": None}}}, DOCUMENT,
+        "PATCH /v1/libraries/handbook/documents/vacuum", {"source": "s", "metadata": {"a": {"b": None}}},
+    ),
+    ("get_chunk", ("handbook", "c"), {}, CHUNK, "GET /v1/libraries/handbook/chunks/c", None),
+    (
+        "get_chunk", ("handbook", "c"), {"include": "embedding"}, CHUNK,
+        "GET /v1/libraries/handbook/chunks/c?include=embedding", None,
+    ),
+    (
+        "update_chunk", ("handbook", "c"), {"text": "t", "wait": False}, CHUNK,
+        "PATCH /v1/libraries/handbook/chunks/c?wait=false", {"text": "t"},
+    ),
+    (
+        "update_chunk", ("handbook", "c"), {"embedding": [1, 2], "metadata": {"a": None}}, CHUNK,
+        "PATCH /v1/libraries/handbook/chunks/c", {"embedding": [1.0, 2.0], "metadata": {"a": None}},
+    ),
+    ("search", ("handbook", "rows"), {}, FOUND, "POST /v1/libraries/handbook/search", {"query": "rows"}),
+    (
+        "search", ("handbook",),
+        {"vector": [1, 0], "mode": "vector", "k": 3, "offset": 2, "max_distance": 0.5, "min_score": 0.0,
+         "include": ("text", "embedding"), "exact": False},
+        FOUND, "POST /v1/libraries/handbook/search",
+        {"vector": [1.0, 0.0], "mode": "vector", "k": 3, "offset": 2, "max_distance": 0.5, "min_score": 0.0,
+         "include": ["text", "embedding"], "exact": False},
+    ),
+]  # fmt: skip
+
+
+DELETIONS = [
+    ("delete_library", ("handbook",), "DELETE /v1/libraries/handbook"),
+    ("delete_document", ("handbook", "vacuum"), "DELETE /v1/libraries/handbook/documents/vacuum"),
+    ("delete_chunk", ("handbook", "c"), "DELETE /v1/libraries/handbook/chunks/c"),
+]
+LISTS = [
+    ("libraries", (), "/v1/libraries", LIBRARY),
+    ("documents", ("handbook",), "/v1/libraries/handbook/documents", DOCUMENT),
+    ("chunks", ("handbook", "vacuum"), "/v1/libraries/handbook/documents/vacuum/chunks", CHUNK),
+]
+
+
+@pytest.mark.parametrize(("method", "args", "options", "answer", "asked", "body"), CALLS)
+async def test_a_call_asks_as_documented_and_gives_all_of_the_answer(
+    connect, method, args, options, answer, asked, body
+):
+    script = Script(ok(answer))
+    result = await getattr(connect(script), method)(*args, **options)
+    assert script.asked == [asked]
+    (request,) = script.requests
+    assert request.headers.get("content-type") == (None if body is None else "application/json")
+    assert (script.body if request.content else None) == body
+    given = msgspec.json.decode(msgspec.json.encode(result))
+    assert {name: value for name, value in given.items() if name in answer} == {
+        **answer,
+        **{name: value.replace("+00:00", "Z") for name, value in answer.items() if name.endswith("_at")},
+    }
+
+
+@pytest.mark.parametrize(("method", "args", "asked"), DELETIONS)
+async def test_a_deletion_gives_nothing(connect, method, args, asked):
+    script = Script(ok(status=204))
+    assert await getattr(connect(script), method)(*args) is None
+    assert script.asked == [asked]
+
+
+@pytest.mark.parametrize("method", ["put_document", "update_document", "delete_document"])
+async def test_if_match_sends_the_version_as_an_etag(connect, method):
+    script = Script(ok(DOCUMENT))
+    await getattr(connect(script), method)("handbook", "vacuum", if_match=3)
+    await getattr(connect(script), method)("handbook", "vacuum")
+    assert [request.headers.get("if-match") for request in script.requests] == ['"3"', None]
+
+
+@pytest.mark.parametrize(("method", "args", "path", "item"), LISTS)
+async def test_a_list_goes_on_until_there_is_no_next_page(connect, method, args, path, item):
+    pages = [{"items": [item, item], "next": "a b/="}, {"items": [], "next": "2"}, {"items": [item], "next": None}]
+    script = Script(*map(ok, pages))
+    found = await getattr(connect(script), method)(*args, page_size=2)
+    assert [thing.id for thing in found] == [item["id"]] * 3
+    assert [request.url.path for request in script.requests] == [path] * 3
+    assert [dict(request.url.params) for request in script.requests] == [
+        {"limit": "2"},
+        {"limit": "2", "after": "a b/="},
+        {"limit": "2", "after": "2"},
+    ]
+
+
+async def test_chunks_keep_what_they_include_on_every_page(connect):
+    pages = [{"items": [{**CHUNK, "embedding": [0.5, 1]}], "next": "1"}, {"items": [], "next": None}]
+    script = Script(*map(ok, pages))
+    (chunk,) = await connect(script).chunks("handbook", "vacuum", include=["embedding"])
+    assert chunk.embedding == [0.5, 1.0]
+    assert [dict(request.url.params) for request in script.requests] == [
+        {"include": "embedding"},
+        {"include": "embedding", "after": "1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "segment"),
+    [
+        ("a/b", "a%2Fb"),
+        ("100 % sure?", "100%20%25%20sure%3F"),
+        ("a#b&c=d+e", "a%23b%26c%3Dd%2Be"),
+        ("Größe\n", "Gr%C3%B6%C3%9Fe%0A"),
+        ("a%2Fb", "a%252Fb"),
+        (".", "%2E"),
+        ("..", "%2E%2E"),
+        ("../x", "..%2Fx"),
+        ("v1.2", "v1.2"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+    ],
+)
+async def test_names_and_keys_stay_one_segment_of_the_path(connect, name, segment):
+    script = Script(ok(DOCUMENT))
+    await connect(script).get_document(name, name)
+    assert script.asked == [f"GET /v1/libraries/{segment}/documents/{segment}"]
+
+
+async def test_an_empty_key_is_refused_before_it_names_the_whole_list(connect):
+    script = Script(ok())
+    with pytest.raises(ValueError, match="must not be empty"):
+        await connect(script).delete_document("handbook", "")
+    assert script.requests == []
+
+
+@pytest.mark.parametrize(
+    ("base_url", "options", "library", "health"),
+    [
+        ("http://h:1", {}, "http://h:1/v1/libraries/x", "http://h:1/health"),
+        ("http://h:1/", {}, "http://h:1/v1/libraries/x", "http://h:1/health"),
+        ("http://h:1/v1", {}, "http://h:1/v1/libraries/x", "http://h:1/health"),
+        ("http://h:1/v1/", {}, "http://h:1/v1/libraries/x", "http://h:1/health"),
+        ("http://h:1", {"api_prefix": ""}, "http://h:1/libraries/x", "http://h:1/health"),
+        ("http://h:1/", {"api_prefix": "/"}, "http://h:1/libraries/x", "http://h:1/health"),
+        ("https://h/db/", {"api_prefix": "api/v1/"}, "https://h/db/api/v1/libraries/x", "https://h/db/health"),
+        ("https://h/a%20b/v1", {}, "https://h/a%20b/v1/libraries/x", "https://h/a%20b/health"),
+        ("http://v1", {}, "http://v1/v1/libraries/x", "http://v1/health"),
+        ("http://[::1]:8432", {}, "http://[::1]:8432/v1/libraries/x", "http://[::1]:8432/health"),
+    ],
+)
+async def test_the_prefix_goes_before_everything_but_probes(connect, base_url, options, library, health):
+    script = Script(ok(LIBRARY), ok({"status": "ok"}))
+    client = connect(script, base_url=base_url, **options)
+    await client.get_library("x")
+    await client.health()
+    assert [str(request.url) for request in script.requests] == [library, health]
+
+
+@pytest.mark.parametrize(
+    "base_url", ["", "localhost:8432", "ftp://h", "http://", "http://h?x=1", "http://h/#x", "http://h:x"]
+)
+async def test_an_address_that_cannot_work_is_refused_at_once(connect, base_url):
+    with pytest.raises(ValueError, match="base_url"):
+        connect(Script(ok()), base_url=base_url)
+
+
+async def test_the_default_address_is_that_of_serve(connect):
+    script = Script(ok({"status": "ok", "version": "0.1.0"}))
+    await connect(script).health()
+    assert str(script.requests[0].url) == "http://127.0.0.1:8432/health"
+
+
+async def test_the_key_goes_along_only_when_there_is_one(connect):
+    script = Script(ok(LIBRARY))
+    await connect(script, api_key="secret").get_library("x")
+    await connect(script).get_library("x")
+    assert [request.headers.get("authorization") for request in script.requests] == ["Bearer secret", None]
+    assert {request.headers["user-agent"] for request in script.requests} == {
+        f"pgshelf-client/{pgshelf_client.__version__}"
+    }
+
+
+async def test_answers_are_typed(connect):
+    library = await connect(Script(ok(LIBRARY))).get_library("handbook")
+    assert library.embedder.provider == "local"
+    assert library.chunking.overlap == 100
+    assert library.created_at == datetime(2025, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+    result = await connect(Script(ok(FOUND))).search("handbook", "rows")
+    assert result.hits[0].document.title == "Vacuum"
+    assert result.hits[0].embedding == [0.5, 1.0]
+    with pytest.raises(AttributeError):
+        result.hits[0].score = 1.0
+
+
+async def test_a_hit_without_what_was_not_included_says_none(connect):
+    bare = {name: HIT[name] for name in ("chunk_id", "document_id", "key", "ordinal", "score", "distance")}
+    result = await connect(Script(ok({"hits": [bare], "took_ms": 1}))).search("handbook", "rows", include=[])
+    (hit,) = result.hits
+    assert (hit.text, hit.metadata, hit.document, hit.embedding) == (None, None, None, None)
+
+
+async def test_fields_of_a_newer_server_are_ignored(connect):
+    newer = {**DOCUMENT, "colour": "red", "chunks": {"total": 1, "warm": True}, "status": "archived"}
+    document = await connect(Script(ok(newer))).get_document("handbook", "vacuum")
+    assert (document.status, document.chunks.total, document.chunks.pending) == ("archived", 1, 0)
+
+
+@pytest.mark.parametrize("body", [b"<html>It works!</html>", b"", b"\xff", b"[]", b'{"id": 7}'])
+async def test_success_from_something_else_is_an_unexpected_answer(connect, body):
+    script = Script(httpx2.Response(200, content=body))
+    with pytest.raises(UnexpectedAnswer, match=r"GET http://127.0.0.1:8432/v1/libraries/x answered 200, but"):
+        await connect(script).get_library("x")
+
+
+async def test_clients_close_what_they_opened():
+    with Client() as entered:
+        pass
+    async with AsyncClient() as awaited:
+        pass
+    closed, aclosed = Client(), AsyncClient()
+    closed.close()
+    await aclosed.aclose()
+    for waiting in (entered, closed):
+        with pytest.raises(RuntimeError, match="closed"):
+            waiting.health()
+    for client in (awaited, aclosed):
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.health()
+
+
+def test_both_clients_have_the_same_methods_with_the_same_parameters():
+    def signatures(client: type) -> dict[str, list[tuple[str, object, object]]]:
+        methods = inspect.getmembers(client, inspect.isfunction)
+        return {
+            {"aclose": "close"}.get(name, name): [
+                (parameter.name, parameter.kind, parameter.default)
+                for parameter in inspect.signature(method).parameters.values()
+            ]
+            for name, method in methods
+            if not name.startswith("_")
+        }
+
+    assert signatures(Client) == signatures(AsyncClient)
+    assert {
+        "close",
+        *(name for name, *_ in CALLS),
+        *(name for name, *_ in DELETIONS),
+        *(name for name, *_ in LISTS),
+    } == {*signatures(Client)}
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in pgshelf_client.__all__:
+        assert hasattr(pgshelf_client, name)
+    for client in (Client, AsyncClient):
+        for name, method in inspect.getmembers(client, inspect.isfunction):
+            assert name.startswith("_") or method.__doc__, name
+
+
+def test_unset_is_not_none():
+    assert UNSET is not None
+    assert pgshelf_client._base.changed(a=None, b=UNSET) == {"a": None}

@@ -1,0 +1,71 @@
+"""Vectors and metadata on their way into a request."""
+
+from __future__ import annotations
+
+import array
+import math
+import types
+import uuid
+
+import numpy as np
+import pytest
+
+from tests.sdk.script import LIBRARY, Script, ok
+
+FOUND = {"hits": [], "took_ms": 0.1}
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        [1, 0.5],
+        (1.0, 0.5),
+        array.array("f", [1.0, 0.5]),
+        np.array([1, 0.5]),
+        np.array([1, 0.5], dtype=np.float32),
+        np.array([1, 0.5], dtype=np.float16),
+        [np.float32(1), np.float64(0.5)],
+    ],
+    ids=["list", "tuple", "array", "float64", "float32", "float16", "scalars"],
+)
+async def test_a_vector_may_be_any_sequence_or_array(connect, vector):
+    script = Script(ok(FOUND))
+    await connect(script).search("handbook", vector=vector)
+    assert script.body == {"vector": [1.0, 0.5]}
+
+
+async def test_a_float32_vector_is_sent_without_loss(connect):
+    vector = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    script = Script(ok(FOUND))
+    await connect(script).search("handbook", vector=vector)
+    assert np.array_equal(np.array(script.body["vector"], dtype=np.float32), vector)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+async def test_numbers_that_json_cannot_say_are_refused(connect, value):
+    script = Script(ok(FOUND))
+    with pytest.raises(ValueError, match=r"vector\[1\] is (nan|inf|-inf)"):
+        await connect(script).search("handbook", vector=[0.0, value])
+    with pytest.raises(ValueError, match=r"vector\[0\]"):
+        await connect(script).add_document("handbook", chunks=[{"text": "t", "embedding": np.array([value])}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        await connect(script).update_document("handbook", "vacuum", metadata={"deep": [{"n": value}]})
+    assert script.requests == []
+
+
+@pytest.mark.parametrize("vector", ["[1, 2]", b"\x00\x01", 1.5, np.ones((2, 2))])
+async def test_what_is_no_vector_is_refused(connect, vector):
+    with pytest.raises(TypeError):
+        await connect(Script(ok(FOUND))).search("handbook", vector=vector)
+
+
+async def test_metadata_takes_any_mapping_and_what_json_has_a_form_for(connect):
+    script = Script(ok(LIBRARY))
+    metadata = types.MappingProxyType({"id": uuid.UUID(int=1), "name": "Größe", "none": None})
+    await connect(script).create_library("x", metadata=metadata)
+    assert script.body["metadata"] == {"id": str(uuid.UUID(int=1)), "name": "Größe", "none": None}
+
+
+async def test_metadata_without_a_json_form_is_refused(connect):
+    with pytest.raises(TypeError):
+        await connect(Script(ok(LIBRARY))).create_library("x", metadata={"a": object()})
