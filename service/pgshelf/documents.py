@@ -352,7 +352,8 @@ async def _read(connection: AsyncConnection, library: str, document: str) -> Doc
 def _document(row: tuple[Any, ...]) -> Document:
     *columns, total, pending, failed = row
     counts = ChunkCounts(total, pending, failed)
-    return Document(*columns, counts, "failed" if failed else "pending" if pending else "ready")
+    status = "failed" if failed else "pending" if pending else "ready"
+    return Document(**dict(zip(Document.__struct_fields__, (*columns, counts, status), strict=True)))
 
 
 def _answer(document: Document, status: int = 200, library_path: str | None = None) -> Answer[Document]:
