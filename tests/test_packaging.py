@@ -155,7 +155,7 @@ def test_every_imported_package_is_a_declared_dependency(project, package):
 
 
 @pytest.fixture(scope="module")
-def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def own_database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from pgshelf import embedded
 
     with embedded.start(tmp_path_factory.mktemp("postgres")) as server:
@@ -163,10 +163,10 @@ def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, python: Path, database_url: str) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory, python: Path, own_database_url: str) -> Iterator[str]:
     """The address of a server that runs from the wheel, in a directory where no clone is; it ends by SIGTERM."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(elsewhere), "PGSHELF_DATABASE_URL": database_url}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(elsewhere), "PGSHELF_DATABASE_URL": own_database_url}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     pgshelf = python.parent / "pgshelf"

@@ -13,8 +13,10 @@ NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, http
 # The same request would fail the same way.
 HOPELESS = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.DecodingError, httpx2.TooManyRedirects)
 PASSING_STATUSES = frozenset({429, 502, 503, 504})
-# Said by the server before it touched anything.
-REFUSED_UNTOUCHED = frozenset({"pool_exhausted", "not_migrated", "not_ready"})
+# The server says these when it has not begun, or when its transaction is rolled back; they may pass.
+NOTHING_DONE = frozenset(
+    {"conflict", "lock_timeout", "not_migrated", "not_ready", "pool_exhausted", "read_only", "storage_full"}
+)
 
 
 class Retries(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,10 +63,10 @@ class Attempts:
         error = error_from(response)
         if isinstance(error, NotFound) and self.perhaps_done and error.code == self.call.gone_code:
             return None  # what an earlier attempt of ours deleted
-        untouched = isinstance(error, RateLimited) or error.code in REFUSED_UNTOUCHED
-        if error.status not in PASSING_STATUSES or not (untouched or self.call.repeatable):
+        nothing_done = isinstance(error, RateLimited) or error.code in NOTHING_DONE
+        if not nothing_done and (error.status not in PASSING_STATUSES or not self.call.repeatable):
             raise error
-        self.perhaps_done |= not untouched
+        self.perhaps_done |= not nothing_done
         return self.wait_or_raise(error, error.retry_after)
 
     def wait_or_raise(

@@ -41,7 +41,7 @@ class Client:
     After a lost answer and after 502, 503 and 504, what is safe to repeat is sent again: every read, and every write
     but `create_library`, `add_document` without a key, `update_library` with a new name and those with `if_match`.
     These are sent again only when the server has certainly done nothing: when it could not be reached, answered 429, or
-    refused before touching the database. A DELETE finds its work done when a repetition of it answers 404.
+    said that it had not begun or had rolled back. A DELETE finds its work done when a repetition of it answers 404.
     Every method may raise `ApiError`, `ConnectionFailed` or `UnexpectedAnswer`.
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import psycopg.conninfo
@@ -25,6 +25,7 @@ from pgshelf.timing import stage
 
 DIALECT = "postgresql+psycopg://"
 RETRIES = 3
+T = TypeVar("T")
 RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 # The type is found by its extension: search_path says nothing about where pgvector lives.
 VECTOR_TYPE = """
@@ -109,17 +110,22 @@ async def rows(connection: AsyncConnection, statement: str, *parameters: Any) ->
         return await cursor.fetchall() if cursor.description else []
 
 
-async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Run one statement as a transaction of its own; deadlocks and serialization failures are tried again."""
+async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Do `work` in a transaction; after a deadlock or a serialization failure, in another one."""
     for attempt in range(RETRIES):
         try:
             async with transaction(engine) as connection:
-                return await rows(connection, statement, *parameters)
+                return await work(connection)
         except RETRIED:
             if attempt == RETRIES - 1:
                 raise
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
     raise AssertionError("unreachable")
+
+
+async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run one statement of ours as a transaction of its own."""
+    return await retried(engine, lambda connection: rows(connection, statement, *parameters))
 
 
 def now() -> sqlalchemy.ColumnElement[Any]:

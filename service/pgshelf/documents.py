@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
@@ -12,14 +11,11 @@ import msgspec
 from litestar import Router, delete, get, patch, post, put
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
-from msgspec import UNSET, Meta, UnsetType
-from pgvector import Vector
+from msgspec import UNSET, UnsetType
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, limits
-from pgshelf.chunking import split
-from pgshelf.embedding import LibraryConfig, embed, library_config, store
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -36,30 +32,8 @@ from pgshelf.http import (
     problems,
     wanted_version,
 )
+from pgshelf.ingest import WRITE, DocumentInput, Title, as_id, embed_pending, prepare
 from pgshelf.settings import Settings
-
-Key = Annotated[str, Meta(min_length=1, max_length=512, examples=["guide/vacuum"])]
-Title = Annotated[str, Meta(examples=["Vacuum"])]
-Floats = Annotated[list[float], Meta(min_length=1, max_length=16000)]
-
-
-class ChunkInput(msgspec.Struct, forbid_unknown_fields=True):
-    """One passage; without an embedding the embedder makes it. Bytes are little-endian float32, base64 in JSON."""
-
-    text: str
-    embedding: Floats | bytes | None = None
-    metadata: dict[str, Any] = {}
-
-
-class DocumentInput(msgspec.Struct, forbid_unknown_fields=True):
-    """A whole document: `text`, which is split into chunks, or `chunks`."""
-
-    key: Key | None = None
-    title: Title | None = None
-    text: Annotated[str, Meta(examples=["VACUUM reclaims storage occupied by dead tuples."])] | None = None
-    chunks: list[ChunkInput] | None = None
-    source: str | None = None
-    metadata: dict[str, Any] = {}
 
 
 class PatchDocument(msgspec.Struct, forbid_unknown_fields=True):
@@ -138,7 +112,7 @@ async def put_document(
     if_match: IfMatch = None,
 ) -> Answer[Document]:
     """Create or replace the document of a key, or replace the document of an id."""
-    document_id = _id(document)
+    document_id = as_id(document)
     if document_id is None:
         if data.key not in (None, document):
             raise invalid("key", "differs from the key in the address; leave it out")
@@ -227,13 +201,6 @@ async def delete_document(library: str, document: str, engine: Engine, if_match:
     await database.run(engine, "select pgshelf.delete_document(%s, %s, %s)", library, document, version)
 
 
-def _id(document: str) -> UUID | None:
-    try:
-        return UUID(document)
-    except ValueError:
-        return None
-
-
 async def _write(
     engine: AsyncEngine,
     settings: Settings,
@@ -243,96 +210,18 @@ async def _write(
     version: int | None,
     wait: bool,
 ) -> Answer[Document]:
-    _check(data, document_id, settings)
-    config = await library_config(engine, library)
-    texts, vectors, metadata, paths = _passages(data, config, settings)
-    if wait and config.embedder["provider"] != "none":
-        await _embed_new(engine, config, document_id, data.key, texts, vectors, paths)
-    rows = await database.run(
-        engine,
-        "select * from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-        config.id, document_id, data.key, data.title, data.source, limits.metadata(data.metadata, settings),
-        texts, vectors if any(vectors) else None, metadata, version,
-    )  # fmt: skip
-    written, created, pending = rows[0]
-    if pending and wait:
-        await _embed_pending(engine, config, written)
-    async with database.transaction(engine) as connection:
-        found = await _read(connection, str(config.id), str(written))
-    waiting = found.chunks.pending > 0
-    return _answer(
-        found, 202 if waiting else 201 if created else 200, f"{settings.api_prefix}/libraries/{quote(library, safe='')}"
-    )
+    prepared = await prepare(engine, settings, library, document_id, data, wait)
 
+    async def write(connection: AsyncConnection) -> tuple[Document, bool]:
+        written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
+        return await _read(connection, str(prepared.library.id), str(written)), created
 
-def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:
-    if data.key is not None and _id(data.key) is not None:
-        raise invalid("key", "parses as a UUID, and those are ids; choose another key")
-    if document_id is not None and data.key is not None:
-        raise invalid("key", "cannot be changed; leave it out when putting a document by its id")
-    limits.bounded_text(data.title, settings.max_title_length, "title")
-    limits.bounded_text(data.source, settings.max_title_length, "source")
-    if (data.text is None) == (data.chunks is None):
-        raise invalid("text", "give either text or chunks")
-
-
-Passages = tuple[list[str], list[Vector | None], list[Jsonb], list[str]]
-
-
-def _passages(data: DocumentInput, config: LibraryConfig, settings: Settings) -> Passages:
-    if data.text is not None:
-        limits.required_text(data.text, settings.max_text_length, "text")
-        texts = split(data.text, config.chunking["size"], config.chunking["overlap"])
-        if not texts:
-            raise invalid("text", "holds nothing that can be searched")
-        given = [ChunkInput(text) for text in texts]
-        paths = ["text"] * len(given)
-    else:
-        given = data.chunks or []
-        paths = [f"chunks[{index}].text" for index in range(len(given))]
-        for chunk, path in zip(given, paths, strict=True):
-            limits.required_text(chunk.text, settings.max_chunk_length, path)
-    if len(given) > settings.max_chunks:
-        detail = f"would make {len(given)} chunks, at most {settings.max_chunks} are allowed; split the document"
-        raise invalid("text" if data.text is not None else "chunks", detail)
-    vectors = [
-        None if chunk.embedding is None else limits.vector(chunk.embedding, f"chunks[{index}].embedding")
-        for index, chunk in enumerate(given)
-    ]
-    metadata = [
-        limits.metadata(chunk.metadata, settings, f"chunks[{index}].metadata") for index, chunk in enumerate(given)
-    ]
-    return [chunk.text for chunk in given], vectors, metadata, paths
-
-
-async def _embed_new(
-    engine: AsyncEngine,
-    config: LibraryConfig,
-    document_id: UUID | None,
-    key: str | None,
-    texts: Sequence[str],
-    vectors: list[Vector | None],
-    paths: Sequence[str],
-) -> None:
-    """Embed, before anything is written, the texts that the stored document does not hold already."""
-    known: set[str] = set()
-    if document_id is not None or key is not None:
-        rows = await database.run(engine, "select pgshelf.embedded_texts(%s, %s, %s)", config.id, document_id, key)
-        known = {text for (text,) in rows}
-    missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
-    if missing:
-        made = await embed(config.embedder, [texts[i] for i in missing], "document", [paths[i] for i in missing])
-        for index, vector in zip(missing, made, strict=True):
-            vectors[index] = vector
-
-
-async def _embed_pending(engine: AsyncEngine, config: LibraryConfig, document_id: UUID) -> None:
-    """Chunks that were thought to be known lost their vectors to another writer: embed what is still missing."""
-    rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
-    if rows:
-        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-        made = await embed(config.embedder, texts, "document", ["text"] * len(texts))
-        await store(engine, config.id, ids, texts, made)
+    found, created = await database.retried(engine, write)
+    if wait and found.chunks.pending:
+        await embed_pending(engine, prepared.library, found.id)
+        found.chunks.pending, found.status = 0, "ready"
+    status = 202 if found.chunks.pending else 201 if created else 200
+    return _answer(found, status, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")
 
 
 async def _read(connection: AsyncConnection, library: str, document: str) -> Document:

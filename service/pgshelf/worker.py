@@ -77,7 +77,7 @@ async def _fail(
     await database.run(engine, FAIL, library, [row[2] for row in chunks], error[:2000], final, delay)
 
 
-async def reap(engine: AsyncEngine) -> int:
+async def reap(engine: AsyncEngine, _: Settings) -> int:
     """Take away a batch of what deleted libraries left."""
     return int((await database.run(engine, "select pgshelf.reap_deleted()"))[0][0])
 
@@ -85,9 +85,9 @@ async def reap(engine: AsyncEngine) -> int:
 async def reconcile(engine: AsyncEngine, settings: Settings) -> bool:
     """One round of everything; tells whether there was something to do."""
     busy = False
-    for step in (embed_pending(engine, settings), reap(engine)):
+    for step in (embed_pending, reap):
         try:
-            busy = bool(await step) or busy
+            busy = bool(await step(engine, settings)) or busy
         except Exception as error:
             # whatever it was, the rows still say what is wanted: the next round meets them again
             log.warning("reconciling failed, trying again: %s", error, exc_info=not isinstance(error, Problem))

@@ -62,12 +62,16 @@ LOST: list[Answer] = [
     httpx2.WriteError("broken pipe"),
     httpx2.RemoteProtocolError("Server disconnected without sending a response."),
 ]
-UNTOUCHED: list[Answer] = [
+NOTHING_DONE: list[Answer] = [
     problem(429, "rate_limited"),
     httpx2.Response(429),
     problem(503, "pool_exhausted"),
     problem(503, "not_migrated"),
     problem(503, "not_ready"),
+    problem(503, "lock_timeout"),
+    problem(503, "read_only"),
+    problem(503, "storage_full"),
+    problem(409, "conflict"),
 ]
 DOUBTFUL: list[Answer] = [
     problem(503, "database_unavailable"),
@@ -85,8 +89,8 @@ def named(value: object) -> str | None:
 
 
 @pytest.mark.parametrize(CALL, REPEATABLE + ONCE_ONLY)
-@pytest.mark.parametrize("fault", NEVER_SENT + UNTOUCHED, ids=named)
-async def test_what_the_server_never_began_is_always_sent_again(connect, waits, method, args, options, answer, fault):
+@pytest.mark.parametrize("fault", NEVER_SENT + NOTHING_DONE, ids=named)
+async def test_what_the_server_never_did_is_always_sent_again(connect, waits, method, args, options, answer, fault):
     script = Script(fault, fault, answer)
     await getattr(connect(script), method)(*args, **options)
     assert len(script.requests) == 3
@@ -206,8 +210,8 @@ async def test_a_repeated_deletion_that_finds_nothing_is_done(connect, waits, me
 
 
 @pytest.mark.parametrize(("method", "args", "code"), DELETIONS)
-@pytest.mark.parametrize("fault", NEVER_SENT + UNTOUCHED, ids=named)
-async def test_a_deletion_that_never_began_and_finds_nothing_is_not_found(connect, waits, method, args, code, fault):
+@pytest.mark.parametrize("fault", NEVER_SENT + NOTHING_DONE, ids=named)
+async def test_a_deletion_that_was_not_done_and_finds_nothing_is_not_found(connect, waits, method, args, code, fault):
     with pytest.raises(NotFound):
         await getattr(connect(Script(fault, problem(404, code))), method)(*args)
 

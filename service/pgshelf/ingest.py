@@ -1,0 +1,148 @@
+"""From a document as it arrives to what `write_document` takes: checked, split, embedded before anything is written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from msgspec import Meta
+from pgvector import Vector
+from psycopg.types.json import Jsonb
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf import database, limits
+from pgshelf.chunking import split
+from pgshelf.embedding import LibraryConfig, embed, library_config, store
+from pgshelf.errors import invalid
+from pgshelf.settings import Settings
+
+Key = Annotated[str, Meta(min_length=1, max_length=512, examples=["guide/vacuum"])]
+Title = Annotated[str, Meta(examples=["Vacuum"])]
+Floats = Annotated[list[float], Meta(min_length=1, max_length=16000)]
+
+
+class ChunkInput(msgspec.Struct, forbid_unknown_fields=True):
+    """One passage; without an embedding the embedder makes it. Bytes are little-endian float32, base64 in JSON."""
+
+    text: str
+    embedding: Floats | bytes | None = None
+    metadata: dict[str, Any] = {}
+
+
+class DocumentInput(msgspec.Struct, forbid_unknown_fields=True):
+    """A whole document: `text`, which is split into chunks, or `chunks`."""
+
+    key: Key | None = None
+    title: Title | None = None
+    text: Annotated[str, Meta(examples=["VACUUM reclaims storage occupied by dead tuples."])] | None = None
+    chunks: list[ChunkInput] | None = None
+    source: str | None = None
+    metadata: dict[str, Any] = {}
+
+
+class Prepared(msgspec.Struct):
+    """A document that can be written: `parameters` are those of `write_document`, but for the version."""
+
+    library: LibraryConfig
+    parameters: tuple[Any, ...]
+
+
+INLINE_TEXT = 20_000  # characters
+WRITE = "select * from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+
+
+async def prepare(
+    engine: AsyncEngine, settings: Settings, library: str, document_id: UUID | None, data: DocumentInput, wait: bool
+) -> Prepared:
+    """Check a document, split its text and, with `wait`, embed what the library does not hold yet."""
+    _check(data, document_id, settings)
+    config = await library_config(engine, library)
+    texts, vectors, metadata, paths = await _passages(data, config, settings)
+    about = limits.metadata(data.metadata, settings)
+    if wait and config.embedder["provider"] != "none":
+        await _embed_new(engine, config, document_id, data.key, texts, vectors, paths)
+    given = vectors if any(vector is not None for vector in vectors) else None
+    return Prepared(config, (config.id, document_id, data.key, data.title, data.source, about, texts, given, metadata))
+
+
+def as_id(document: str) -> UUID | None:
+    """The id that a text is, or None: then it is a key."""
+    try:
+        return UUID(document)
+    except ValueError:
+        return None
+
+
+def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:
+    if data.key is not None and as_id(data.key) is not None:
+        raise invalid("key", "parses as a UUID, and those are ids; choose another key")
+    if document_id is not None and data.key is not None:
+        raise invalid("key", "cannot be changed; leave it out when putting a document by its id")
+    limits.bounded_text(data.title, settings.max_title_length, "title")
+    limits.bounded_text(data.source, settings.max_title_length, "source")
+    if (data.text is None) == (data.chunks is None):
+        raise invalid("text", "give either text or chunks")
+
+
+Passages = tuple[list[str], list[Vector | None], list[Jsonb], list[str]]
+
+
+async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settings) -> Passages:
+    if data.text is not None:
+        limits.required_text(data.text, settings.max_text_length, "text")
+        arguments = (data.text, config.chunking["size"], config.chunking["overlap"])
+        # a megabyte takes up to a second: other requests shall not wait for it
+        texts = await asyncio.to_thread(split, *arguments) if len(data.text) > INLINE_TEXT else split(*arguments)
+        if not texts:
+            raise invalid("text", "holds nothing that can be searched")
+        given = [ChunkInput(text) for text in texts]
+        paths = ["text"] * len(given)
+    else:
+        given = data.chunks or []
+        paths = [f"chunks[{index}].text" for index in range(len(given))]
+        for chunk, path in zip(given, paths, strict=True):
+            limits.required_text(chunk.text, settings.max_chunk_length, path)
+    if len(given) > settings.max_chunks:
+        detail = f"would make {len(given)} chunks, at most {settings.max_chunks} are allowed; split the document"
+        raise invalid("text" if data.text is not None else "chunks", detail)
+    vectors = [
+        None if chunk.embedding is None else limits.vector(chunk.embedding, f"chunks[{index}].embedding")
+        for index, chunk in enumerate(given)
+    ]
+    metadata = [
+        limits.metadata(chunk.metadata, settings, f"chunks[{index}].metadata") for index, chunk in enumerate(given)
+    ]
+    return [chunk.text for chunk in given], vectors, metadata, paths
+
+
+async def _embed_new(
+    engine: AsyncEngine,
+    config: LibraryConfig,
+    document_id: UUID | None,
+    key: str | None,
+    texts: Sequence[str],
+    vectors: list[Vector | None],
+    paths: Sequence[str],
+) -> None:
+    """Embed, before anything is written, the texts that the stored document does not hold already."""
+    known: set[str] = set()
+    if document_id is not None or key is not None:
+        rows = await database.run(engine, "select pgshelf.embedded_texts(%s, %s, %s)", config.id, document_id, key)
+        known = {text for (text,) in rows}
+    missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
+    if missing:
+        made = await embed(config.embedder, [texts[i] for i in missing], "document", [paths[i] for i in missing])
+        for index, vector in zip(missing, made, strict=True):
+            vectors[index] = vector
+
+
+async def embed_pending(engine: AsyncEngine, config: LibraryConfig, document_id: UUID) -> None:
+    """Chunks that were thought to be known lost their vectors to another writer: embed what is still missing."""
+    rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
+    if rows:
+        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
+        made = await embed(config.embedder, texts, "document", ["text"] * len(texts))
+        await store(engine, config.id, ids, texts, made)
