@@ -40,10 +40,10 @@ def test_vectors_are_unit_float32_rows_of_the_dimension_asked_for(dimension):
 
 
 def test_meaning_decides_which_vectors_are_near():
-    query, parser, animal = embed(
-        "read options from the command line", "parse arguments given to a program", "a cat sleeps on the sofa"
+    query, near, far = embed(
+        "reading a file from disk", "open files and read their content", "a cat sleeps on the sofa"
     )
-    assert query @ parser > query @ animal + 0.2
+    assert query @ near > query @ far + 0.2
 
 
 def test_smaller_dimensions_are_the_beginning_of_the_larger():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import time
 import tomllib
 import venv
@@ -155,10 +156,11 @@ def test_every_imported_package_is_a_declared_dependency(project, package):
 
 
 @pytest.fixture(scope="module")
-def own_database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def own_database_url() -> Iterator[str]:
+    """A bundled server, not below pytest's temporary directory: another run of pytest would shut root's server out of it."""
     from pgshelf import embedded
 
-    with embedded.start(tmp_path_factory.mktemp("postgres")) as server:
+    with tempfile.TemporaryDirectory(prefix="pgshelf-test-") as directory, embedded.start(Path(directory)) as server:
         yield server.url()
 
 

@@ -1,4 +1,4 @@
-"""Text into chunks: structure first (headings, blocks, sentences, words), then size and overlap; pure and deterministic."""
+"""Text into chunks: structure first (headings, blocks, sentences, words), then size and overlap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WINDOW = 4
 # Possessive, so that no input makes them go back and try again.
 _SPACE = re.compile(r"\s*+")
 _REST_OF_LINE = re.compile(r"[^\S\n]*+")
-_HEADING = r"(?:#{1,6}(?:[ \t][^\n]*+)?+|[^\n]++\n {0,3}(?:=++|--++)[ \t\r]*+)(?:\n|\Z)"
+_HEADING = r"(?: {0,3}+#{1,6}(?:[ \t][^\n]*+)?+|[^\n]++\n {0,3}(?:=++|--++)[ \t\r]*+)(?:\n|\Z)"
 _BEGINS_SECTION = re.compile(_HEADING)
 _ONLY_HEADINGS = re.compile(rf"(?:\s*+{_HEADING})++\s*+\Z")
 _SENTENCE = re.compile(r"[.!?][\"')\]]*\s+|[。！？]\s*|\n\s*")  # noqa: RUF001 - sentences of Chinese and Japanese end so
@@ -26,10 +26,10 @@ Span = tuple[int, int]
 def split(text: str, size: int, overlap: int = 0) -> list[str]:
     """Split plain text or Markdown into chunks of at most `size` characters, cut where its structure allows.
 
-    A heading stays with what follows it. A chunk that does not begin a section repeats up to `overlap` characters of the
-    chunk before it (never more than half of `size`), from the beginning of a sentence or word. Blank text gives no
-    chunks; nothing else is dropped but white space. Takes about a second per megabyte at worst: use a thread for long
-    texts. Raises ValueError for sizes that cannot be and for text that is no valid Unicode.
+    A heading stays with what follows it. A chunk that does not begin a section repeats up to `overlap` characters of
+    the chunk before it (never more than half of `size`), from the beginning of a sentence or word. Nothing but white
+    space is dropped, so blank text gives no chunks. A megabyte takes about 10 ms, made to be hard about 2 s: use a
+    thread. Raises ValueError for sizes that cannot be and for text that is no valid Unicode.
     """
     if size < 1:
         raise ValueError(f"chunk size must be at least 1, not {size}")
@@ -74,7 +74,7 @@ def _with_body(text: str, start: int, end: int, capacity: int) -> int:
         body = _after(_SPACE, text, end)
         scrap = end - start < capacity // 8 and not _BEGINS_SECTION.match(text, body, body + capacity)
         room = capacity - (body - start)
-        if body == len(text) or room < capacity // 4 or not (scrap or _ONLY_HEADINGS.match(text, start, end)):
+        if body == len(text) or room < max(1, capacity // 4) or not (scrap or _ONLY_HEADINGS.match(text, start, end)):
             break
         at, piece = MarkdownSplitter(room).chunk_indices(text[body : body + 2 * room])[0]
         end = body + at + len(piece)

@@ -8,17 +8,30 @@ from uuid import UUID
 import msgspec
 from litestar import Router, delete, get, patch
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta
 from pgvector import Vector
 
 from pgshelf import database, limits
 from pgshelf.embedding import embed, library_config
 from pgshelf.errors import Problem, invalid
-from pgshelf.http import After, Answer, Config, Engine, Limit, Page, Wait, page_size, problems
+from pgshelf.http import (
+    After,
+    Answer,
+    ChunkId,
+    Config,
+    DocumentName,
+    Engine,
+    LibraryName,
+    Limit,
+    Page,
+    Wait,
+    page_size,
+    problems,
+)
 
 Include = Annotated[
-    list[Literal["embedding"]] | None, Parameter(description="`embedding` returns the vectors too.", max_items=1)
+    list[Literal["embedding"]] | None, QueryParameter(description="`embedding` returns the vectors too.", max_items=1)
 ]
 
 
@@ -54,8 +67,8 @@ COLUMNS = """c.id, c.document_id, c.ordinal, c.text, c.metadata, case when c.emb
     operation_id="listChunks",
 )
 async def list_chunks(
-    library: str,
-    document: str,
+    library: LibraryName,
+    document: DocumentName,
     engine: Engine,
     settings: Config,
     limit: Limit = None,
@@ -82,7 +95,7 @@ async def list_chunks(
     summary="Get a chunk",
     operation_id="getChunk",
 )
-async def get_chunk(library: str, chunk: str, engine: Engine, include: Include = None) -> Chunk:
+async def get_chunk(library: LibraryName, chunk: ChunkId, engine: Engine, include: Include = None) -> Chunk:
     """Get a chunk by its id."""
     rows = await database.run(
         engine,
@@ -102,7 +115,12 @@ async def get_chunk(library: str, chunk: str, engine: Engine, include: Include =
     operation_id="updateChunk",
 )
 async def update_chunk(
-    library: str, chunk: str, data: PatchChunk, engine: Engine, settings: Config, wait: Wait = True
+    library: LibraryName,
+    chunk: ChunkId,
+    data: JSONBody[PatchChunk],
+    engine: Engine,
+    settings: Config,
+    wait: Wait = True,
 ) -> Answer[Chunk]:
     """Change text, embedding or metadata of a chunk; its id and its place stay."""
     chunk_id = _id(chunk)
@@ -130,7 +148,7 @@ async def update_chunk(
     summary="Delete a chunk",
     operation_id="deleteChunk",
 )
-async def delete_chunk(library: str, chunk: str, engine: Engine) -> None:
+async def delete_chunk(library: LibraryName, chunk: ChunkId, engine: Engine) -> None:
     """Delete a chunk; the ordinals of the others stay."""
     chunk_id = _id(chunk)
     await database.run(engine, "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)", library, chunk_id)

@@ -11,6 +11,7 @@ import msgspec
 from litestar import Router, delete, get, patch, post, put
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
 from msgspec import UNSET, UnsetType
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,8 +22,10 @@ from pgshelf.http import (
     After,
     Answer,
     Config,
+    DocumentName,
     Engine,
     IfMatch,
+    LibraryName,
     Limit,
     Page,
     Wait,
@@ -85,7 +88,7 @@ WRITTEN = {
     response_headers=[ETAG],
 )
 async def add_document(
-    library: str, data: DocumentInput, engine: Engine, settings: Config, wait: Wait = True
+    library: LibraryName, data: JSONBody[DocumentInput], engine: Engine, settings: Config, wait: Wait = True
 ) -> Answer[Document]:
     """Store a document with all its chunks, in one transaction."""
     return await _write(engine, settings, library, None, data, None, wait)
@@ -103,9 +106,9 @@ async def add_document(
     response_headers=[ETAG],
 )
 async def put_document(
-    library: str,
-    document: str,
-    data: DocumentInput,
+    library: LibraryName,
+    document: DocumentName,
+    data: JSONBody[DocumentInput],
     engine: Engine,
     settings: Config,
     wait: Wait = True,
@@ -127,7 +130,7 @@ async def put_document(
     operation_id="listDocuments",
 )
 async def list_documents(
-    library: str, engine: Engine, settings: Config, limit: Limit = None, after: After = None
+    library: LibraryName, engine: Engine, settings: Config, limit: Limit = None, after: After = None
 ) -> Page[Document]:
     """List the documents of a library, oldest first."""
     size = page_size(limit, settings)
@@ -155,7 +158,7 @@ async def list_documents(
     operation_id="getDocument",
     response_headers=[ETAG],
 )
-async def get_document(library: str, document: str, engine: Engine) -> Answer[Document]:
+async def get_document(library: LibraryName, document: DocumentName, engine: Engine) -> Answer[Document]:
     """Get a document by its key or id."""
     async with database.transaction(engine) as connection:
         return _answer(await _read(connection, library, document))
@@ -169,7 +172,12 @@ async def get_document(library: str, document: str, engine: Engine) -> Answer[Do
     response_headers=[ETAG],
 )
 async def update_document(
-    library: str, document: str, data: PatchDocument, engine: Engine, settings: Config, if_match: IfMatch = None
+    library: LibraryName,
+    document: DocumentName,
+    data: JSONBody[PatchDocument],
+    engine: Engine,
+    settings: Config,
+    if_match: IfMatch = None,
 ) -> Answer[Document]:
     """Change title, source or metadata; the chunks stay."""
     if data.title is not UNSET:
@@ -195,7 +203,9 @@ async def update_document(
     summary="Delete a document",
     operation_id="deleteDocument",
 )
-async def delete_document(library: str, document: str, engine: Engine, if_match: IfMatch = None) -> None:
+async def delete_document(
+    library: LibraryName, document: DocumentName, engine: Engine, if_match: IfMatch = None
+) -> None:
     """Delete a document with its chunks."""
     version = wanted_version(if_match)
     await database.run(engine, "select pgshelf.delete_document(%s, %s, %s)", library, document, version)

@@ -14,10 +14,11 @@ from urllib.parse import unquote
 import msgspec
 from litestar import Request, Response
 from litestar.datastructures import MutableScopeHeaders
+from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Dependency, Parameter
+from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.errors import Problem, invalid, problem_of
@@ -32,14 +33,17 @@ T = TypeVar("T")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
-Engine = Annotated[AsyncEngine, Dependency(skip_validation=True)]
-Config = Annotated[Settings, Dependency(skip_validation=True)]
-Limit = Annotated[int | None, Parameter(ge=1, description="How many items at most.")]
-After = Annotated[str | None, Parameter(max_length=500, description="The `next` of the page before.")]
-Wait = Annotated[bool, Parameter(description="false stores now and embeds later: 202 while chunks are pending.")]
+Engine = NamedDependency[SkipValidation[AsyncEngine]]
+Config = NamedDependency[SkipValidation[Settings]]
+LibraryName = Annotated[str, PathParameter(description="Name or id of the library.")]
+DocumentName = Annotated[str, PathParameter(description="Key or id of the document, percent-encoded.")]
+ChunkId = Annotated[str, PathParameter(description="Id of the chunk.")]
+Limit = Annotated[int | None, QueryParameter(ge=1, description="How many items at most.")]
+After = Annotated[str | None, QueryParameter(max_length=500, description="The `next` of the page before.")]
+Wait = Annotated[bool, QueryParameter(description="false stores now and embeds later: 202 while chunks are pending.")]
 IfMatch = Annotated[
     str | None,
-    Parameter(header="If-Match", max_length=100, description="The ETag that the document must still have."),
+    HeaderParameter(name="If-Match", max_length=100, description="The ETag that the document must still have."),
 ]
 
 

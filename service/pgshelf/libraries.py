@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Router, delete, get, patch, post
+from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from pgshelf import database, limits
 from pgshelf.embedders import PROVIDERS, embedder_for
 from pgshelf.errors import Problem, invalid
-from pgshelf.http import After, Answer, Config, Engine, Limit, Page, cursor, page_size, position, problems
+from pgshelf.http import After, Answer, Config, Engine, LibraryName, Limit, Page, cursor, page_size, position, problems
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
 
@@ -120,7 +121,7 @@ LIBRARY_PROBLEMS = problems(404)
 
 
 @post("/libraries", responses=problems(409, 413, 415, 422), summary="Create a library", operation_id="createLibrary")
-async def create_library(data: CreateLibrary, engine: Engine, settings: Config) -> Answer[Library]:
+async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
     provider, model, dimension = _embedder(data, settings)
     size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
@@ -158,7 +159,7 @@ async def list_libraries(engine: Engine, settings: Config, limit: Limit = None, 
 
 
 @get("/libraries/{library:str}", responses=LIBRARY_PROBLEMS, summary="Get a library", operation_id="getLibrary")
-async def get_library(library: str, engine: Engine) -> Library:
+async def get_library(library: LibraryName, engine: Engine) -> Library:
     """Get a library by its name or id."""
     async with database.transaction(engine) as connection:
         return await _find(connection, library)
@@ -170,7 +171,9 @@ async def get_library(library: str, engine: Engine) -> Library:
     summary="Change a library",
     operation_id="updateLibrary",
 )
-async def update_library(library: str, data: PatchLibrary, engine: Engine, settings: Config) -> Library:
+async def update_library(
+    library: LibraryName, data: JSONBody[PatchLibrary], engine: Engine, settings: Config
+) -> Library:
     """Change name, description, chunking or metadata; chunking counts for documents written from now on."""
     async with database.transaction(engine) as connection:
         now = await _find(connection, library, lock=True)
@@ -194,7 +197,7 @@ async def update_library(library: str, data: PatchLibrary, engine: Engine, setti
 @delete(
     "/libraries/{library:str}", responses=problems(404, 409), summary="Delete a library", operation_id="deleteLibrary"
 )
-async def delete_library(library: str, engine: Engine) -> None:
+async def delete_library(library: LibraryName, engine: Engine) -> None:
     """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
     await database.run(engine, "select pgshelf.delete_library(%s)", library)
 
@@ -205,7 +208,7 @@ async def delete_library(library: str, engine: Engine) -> None:
     summary="Numbers of a library",
     operation_id="libraryStats",
 )
-async def library_stats(library: str, engine: Engine) -> Stats:
+async def library_stats(library: LibraryName, engine: Engine) -> Stats:
     """Count documents, chunks, pending and failed embeddings, and bytes."""
     rows = await database.run(
         engine,

@@ -8,13 +8,14 @@ from uuid import UUID
 
 import msgspec
 from litestar import Router, post
+from litestar.params import JSONBody
 from msgspec import Meta
 from pgvector import Vector
 
 from pgshelf import database, limits
 from pgshelf.embedding import embed, library_config
 from pgshelf.errors import Problem, invalid
-from pgshelf.http import Config, Engine, problems
+from pgshelf.http import Config, Engine, LibraryName, problems
 from pgshelf.settings import Settings
 
 Part = Literal["text", "metadata", "document", "embedding"]
@@ -76,7 +77,7 @@ STATEMENT = """select * from pgshelf.search(
     summary="Search a library",
     operation_id="search",
 )
-async def search(library: str, data: SearchRequest, engine: Engine, settings: Config) -> SearchAnswer:
+async def search(library: LibraryName, data: JSONBody[SearchRequest], engine: Engine, settings: Config) -> SearchAnswer:
     """Find the chunks nearest to a text or a vector, exactly."""
     started = time.perf_counter()
     _check(data, settings)
