@@ -1,5 +1,5 @@
 -- Runs before every upgrade and may run any number of times: the schema, the extension, the roles and what was found or made.
--- @vector_literal@ is the schema where pgvector is, or shall be, installed.
+-- @vector_literal@ is the schema where pgvector is, or shall be, installed; @vector_ident@ the same inside a literal.
 do $$
 begin
   if current_setting('server_version_num')::int < 160000 then
@@ -32,7 +32,7 @@ begin
     from pg_catalog.pg_extension e join pg_catalog.pg_namespace n on n.oid = e.extnamespace where e.extname = 'vector';
   if not found then
     begin
-      create extension vector schema @vector_ident@;
+      create extension vector schema @vector@;
     exception when insufficient_privilege then
       raise 'the extension "vector" is not installed and this role may not install it' using errcode = 'PS902',
         hint = 'Ask a superuser to run in this database: create extension vector schema @vector_ident@;';
@@ -44,6 +44,10 @@ begin
   if v_schema <> @vector_literal@ then
     raise 'pgvector is installed in schema %, but these statements were made for schema %', v_schema, @vector_literal@
       using errcode = 'PS903', hint = format('Make them again with PGSHELF_VECTOR_SCHEMA=%s.', v_schema);
+  end if;
+  if v_schema = 'pgshelf' then
+    raise 'pgvector is installed in schema pgshelf, which holds pgshelf only' using errcode = 'PS903',
+      hint = 'Move it: alter extension vector set schema public;';
   end if;
   if v_version < array[0, 8, 0] then
     raise 'pgshelf needs pgvector 0.8.0 or newer, this database has %', array_to_string(v_version, '.') using errcode = 'PS904',

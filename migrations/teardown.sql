@@ -7,11 +7,16 @@ begin
   select * into v_made from pgshelf.installation;
   drop table pgshelf.installation;
   drop table if exists pgshelf.alembic_version;
-  begin
-    drop schema pgshelf;
-  exception
-    when insufficient_privilege then raise warning 'schema pgshelf belongs to another role and was left, empty';
-  end;
+  -- a role that could not make the schema found it made for itself, and will want it again
+  if has_database_privilege(current_database(), 'create') then
+    begin
+      drop schema pgshelf;
+    exception
+      when insufficient_privilege then raise warning 'schema pgshelf belongs to another role and was left, empty';
+    end;
+  else
+    raise warning 'schema pgshelf was left, empty: this role could not make it again';
+  end if;
   if v_made.created_extension then
     begin
       drop extension vector;

@@ -75,24 +75,33 @@ begin
   update pgshelf.libraries l set deleted_at = now(), version = l.version + 1 where l.id = v_id and l.deleted_at is null;
 end $$;
 
--- Takes away at most p_limit documents of deleted libraries, then the libraries that are empty; tells how many rows went.
+-- Takes away at most p_limit documents of deleted libraries, and the libraries that are empty then; tells how many rows
+-- went. A library that a table of the application's has come to reference stays, and keeps no other from going.
 create or replace function pgshelf.reap_deleted(p_limit int default 500) returns int
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_documents int;
-  v_libraries int;
+  v_library uuid;
+  v_rows int;
+  v_gone int := 0;
 begin
-  delete from pgshelf.documents d where d.id in (
-    select x.id from pgshelf.libraries l join pgshelf.documents x on x.library_id = l.id
-    where l.deleted_at is not null limit p_limit for update of x skip locked);
-  get diagnostics v_documents = row_count;
-  delete from pgshelf.libraries l where l.id in (
-    select x.id from pgshelf.libraries x where x.deleted_at is not null
-      and not exists (select 1 from pgshelf.documents d where d.library_id = x.id)
-    limit p_limit for update skip locked);
-  get diagnostics v_libraries = row_count;
-  return v_documents + v_libraries;
+  for v_library in select l.id from pgshelf.libraries l where l.deleted_at is not null order by l.deleted_at, l.id loop
+    begin
+      delete from pgshelf.documents d where d.id in (
+        select x.id from pgshelf.documents x where x.library_id = v_library limit p_limit - v_gone for update skip locked);
+      get diagnostics v_rows = row_count;
+      v_gone := v_gone + v_rows;
+      delete from pgshelf.libraries l where l.id in (
+        select x.id from pgshelf.libraries x where x.id = v_library
+          and not exists (select 1 from pgshelf.documents d where d.library_id = x.id) for update skip locked);
+      get diagnostics v_rows = row_count;
+      v_gone := v_gone + v_rows;
+    exception when foreign_key_violation then
+      null; -- tried again in the next round: the reference may be gone by then
+    end;
+    exit when v_gone >= p_limit;
+  end loop;
+  return v_gone;
 end $$;
 
 -- RFC 7396: null takes a member away, objects merge, anything else replaces.

@@ -112,8 +112,8 @@ create or replace function pgshelf.put_document(
   volatile security definer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if cardinality(embeddings) <> cardinality(texts) or cardinality(chunk_metadata) <> cardinality(texts) then
-    raise 'embeddings and chunk_metadata, where given, have one element for each of the % texts', cardinality(texts)
+  if cardinality(embeddings) <> coalesce(cardinality(texts), 0) or cardinality(chunk_metadata) <> coalesce(cardinality(texts), 0) then
+    raise 'embeddings and chunk_metadata, where given, have one element for each of the % texts', coalesce(cardinality(texts), 0)
       using errcode = 'PS030';
   end if;
   return (pgshelf.write_document((pgshelf.library_named(library)).id, null, key, title, source, coalesce(metadata, '{}'),

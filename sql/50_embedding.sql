@@ -60,17 +60,22 @@ begin
   return v_stored;
 end $$;
 
--- Says why chunks could not be embedded, and when to try again: infinity gives up, with the reason on the chunk.
-create or replace function pgshelf.fail_embeddings(p_library uuid, p_chunks uuid[], p_error text, p_retry_at timestamptz) returns void
+-- Says why chunks could not be embedded, and in how many seconds to try again; null gives up, with the reason on the chunk.
+-- A text that changed meanwhile is another request: the reason is not its own.
+create or replace function pgshelf.fail_embeddings(
+  p_library uuid, p_chunks uuid[], p_hashes text[], p_error text, p_waits float8[]) returns void
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
 begin
   perform pgshelf.lock_documents_of(v_library, p_chunks);
-  execute format('update pgshelf.chunks_s%s c set embed_error = $1, embed_after = $2
-    where c.id = any ($3) and c.library_id = $4 and c.embedding is null', v_library.shelf)
-    using p_error, p_retry_at, p_chunks, p_library;
+  execute format($sql$
+    update pgshelf.chunks_s%s c set embed_error = $4,
+      embed_after = case when x.wait is null then 'infinity' else now() + make_interval(secs => x.wait) end
+    from unnest($1, $2, $3) x(id, hash, wait)
+    where c.id = x.id and c.library_id = $5 and c.embedding is null and md5(c.text) = x.hash $sql$, v_library.shelf)
+    using p_chunks, p_hashes, p_waits, p_error, p_library;
 end $$;
 
 -- The texts of a document (by id or key) that have a vector already: writing them again need not embed them.

@@ -59,8 +59,11 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(search.library);
 begin
-  if not (search.k between 1 and 10000 and search.offset between 0 and 1000000) then
+  -- "is not true": null is no number of hits either, and no vector
+  if (search.k between 1 and 10000 and search.offset between 0 and 1000000) is not true then
     raise 'k must be from 1 to 10000 and offset from 0 to 1000000' using errcode = 'PS030';
+  elsif search.embedding is null then
+    raise 'embedding is null; a search needs a vector' using errcode = 'PS030';
   end if;
   perform pgshelf.check_vector(search.embedding, v_library.dimension, v_library.metric, 'of the query');
   return query execute pgshelf.search_statement(v_library)

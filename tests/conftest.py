@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    if CHOICE not in config.stash:  # in a worker of xdist, which was told by the process that has it
+        return "postgres: that of the run"
     choice = config.stash[CHOICE]
     version = "" if choice.kind == "dsn" else f" {choice.version}"
     return f"postgres: {choice.kind}{version}, pgvector in schema {config.getoption('--vector-schema')}"

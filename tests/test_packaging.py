@@ -157,7 +157,7 @@ def test_every_imported_package_is_a_declared_dependency(project, package):
 
 @pytest.fixture(scope="module")
 def own_database_url() -> Iterator[str]:
-    """A bundled server, not below pytest's temporary directory: another run of pytest would shut root's server out of it."""
+    """A bundled server, outside of pytest's directory: another run of pytest would shut root's server out of that."""
     from pgshelf import embedded
 
     with tempfile.TemporaryDirectory(prefix="pgshelf-test-") as directory, embedded.start(Path(directory)) as server:
@@ -214,3 +214,18 @@ def test_installed_it_migrates_serves_and_searches(served):
         assert client.post(documents, json={"key": "vacuum", "text": "Vacuum reclaims dead rows."}).status_code == 201
         found = client.post("/v1/libraries/handbook/search", json={"query": "dead rows"})
         assert [hit["key"] for hit in found.json()["hits"]] == ["vacuum"]
+
+
+def test_the_sdk_alone_works_against_it(served, sdk_wheel, tmp_path):
+    python = environment_with(tmp_path / "sdk", sdk_wheel)
+    script = f"""
+import importlib.util
+from pgshelf_client import Client
+
+assert importlib.util.find_spec("pgshelf") is None
+with Client("{served}") as shelf:
+    shelf.create_library("through-the-sdk")
+    shelf.add_document("through-the-sdk", key="analyze", text="Analyze gathers statistics.")
+    print([hit.key for hit in shelf.search("through-the-sdk", "statistics").hits])
+"""
+    assert run(python, "-c", script, cwd=tmp_path) == "['analyze']\n"

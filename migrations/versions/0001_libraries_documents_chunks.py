@@ -170,6 +170,15 @@ begin
   drop table pgshelf.move_log, pgshelf.chunks, pgshelf.documents, pgshelf.libraries;
   drop function pgshelf.chunk_written(), pgshelf.documents_deleted();
   drop function pgshelf.words(text, text), pgshelf.place_of(uuid, uuid, int);
+  -- what somebody else put into the schema would keep it from being dropped, when all of ours is gone already
+  select string_agg(pg_describe_object(d.classid, d.objid, d.objsubid), ', ') into v_name from pg_depend d
+    where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'pgshelf'::regnamespace and d.deptype = 'n'
+    and not (d.classid = 'pg_class'::regclass
+      and d.objid in ('pgshelf.installation'::regclass, 'pgshelf.alembic_version'::regclass));
+  if v_name is not null then
+    raise dependent_objects_still_exist using
+      message = 'the schema pgshelf holds what pgshelf has not made', detail = v_name;
+  end if;
 end $$;
 """
 

@@ -205,7 +205,7 @@ def reason(status: int) -> str:
 
 
 def message(status: int, problem: Problem, request_id: str | None) -> str:
-    places = [f"{place.path}: {place.message}" for place in problem.errors]
+    places = [f"{place.path}: {place.message}" for place in problem.errors if place.message not in problem.detail]
     said = "; ".join(filter(None, [problem.detail or problem.title, *places]))
     name = f"{status} {problem.code or problem.title}"
     return f"{name}: {said}" + (f" [request {request_id}]" if request_id else "")

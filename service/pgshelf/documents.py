@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
+import psycopg
 from litestar import Router, delete, get, patch, post, put
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
@@ -228,8 +230,10 @@ async def _write(
 
     found, created = await database.retried(engine, write)
     if wait and found.chunks.pending:
-        await embed_pending(engine, prepared.library, found.id)
-        found.chunks.pending, found.status = 0, "ready"
+        # the write is done, so a failure here is no error of it: 202, and the worker goes on
+        with contextlib.suppress(Problem, psycopg.Error):
+            await embed_pending(engine, prepared.library, found.id)
+            found.chunks.pending, found.status = 0, "ready"
     status = 202 if found.chunks.pending else 201 if created else 200
     return _answer(found, status, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from alembic import command, op
 from alembic.config import Config
+from alembic.util import CommandError
 from pgvector.sqlalchemy import VECTOR
 from psycopg import sql
 from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 
 from pgshelf import database
 from pgshelf.settings import Settings
@@ -102,8 +104,22 @@ def _command(call: Callable[[Config, str], None], url: str, revision: str, vecto
             f"Drop what depends on it first: {error.diag.message_detail}"
         ) from error
     except psycopg.Error as error:
-        hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""
-        raise MigrationError(f"{error.diag.message_primary or error}{hint}") from error
+        raise MigrationError(_said(error)) from error
+    except DBAPIError as error:  # from a statement of Alembic's, or from connecting
+        raise MigrationError(_said(error.orig or error)) from error
+    except CommandError as error:
+        raise MigrationError(f"{error}; this version of pgshelf knows revisions up to {head()}") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)):
+        return (
+            f"the step that waited was rolled back: {error.diag.message_primary}. Another session holds what it needs; "
+            "look for long transactions in pg_stat_activity, end them, then run it again"
+        )
+    if not isinstance(error, psycopg.Error) or error.diag.message_primary is None:
+        return str(error).strip()
+    return ". ".join(part for part in (error.diag.message_primary, error.diag.message_hint) if part)
 
 
 def _run(context: Any, statements: str) -> None:
@@ -115,10 +131,11 @@ def _run(context: Any, statements: str) -> None:
 
 
 def _filled(statements: str, vector_schema: str) -> str:
+    """Name pgvector's schema: `@vector_ident@` stands inside a string literal, `@vector_literal@` is one."""
     ident, literal = sql.Identifier(vector_schema).as_string(), sql.Literal(vector_schema).as_string()
     return (
         statements.replace("@vector@", ident)
-        .replace("@vector_ident@", ident)
+        .replace("@vector_ident@", ident.replace("'", "''"))
         .replace("@vector_literal@", literal.strip())
     )
 
@@ -135,9 +152,9 @@ def _tell(notice: psycopg.errors.Diagnostic) -> None:
 
 
 def _destination(context: EnvironmentContext) -> str | None:
-    """The revision asked for; None for commands that only look (current, check, history)."""
+    """The revision asked for, `base` included; None for commands that only look (current, check, history)."""
     try:
-        return str(context.get_revision_argument())
+        return str(context.get_revision_argument() or "base")  # Alembic says None for base
     except KeyError:
         return None
 
@@ -180,9 +197,14 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
         with connection.begin():
             _lock(driver)
             driver.execute(GUARDS)
-            attributes["vector_schema"] = _vector_schema(driver) or attributes.get("vector_schema") or _default(environ)
-        # reflection (alembic check) sees the type under its qualified name
-        ischema_names[f"{attributes['vector_schema']}.vector"] = VECTOR
+            found = _vector_schema(driver)
+            attributes["vector_schema"] = found[0] if found else attributes.get("vector_schema") or _default(environ)
+        if found:
+            ischema_names[found[1].lower()] = (
+                VECTOR  # reflection (alembic check) sees the type under its qualified name
+            )
+        # SQLAlchemy read it before the guards: with pgshelf first in the search_path our schema would be reflected unnamed
+        connection.dialect.default_schema_name = "pg_catalog"
         _migrate(context, connection)
 
 
@@ -234,11 +256,12 @@ def _default(environ: Mapping[str, str]) -> str:
     return Settings.from_env(environ).vector_schema
 
 
-def _vector_schema(driver: psycopg.Connection[Any]) -> str | None:
-    row = driver.execute(
-        "select n.nspname from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'vector'"
+def _vector_schema(driver: psycopg.Connection[Any]) -> tuple[str, str] | None:
+    """The schema of pgvector, and the qualified name of its type as PostgreSQL writes it."""
+    return driver.execute(
+        "select n.nspname, quote_ident(n.nspname) || '.vector' from pg_extension e"
+        " join pg_namespace n on n.oid = e.extnamespace where e.extname = 'vector'"
     ).fetchone()
-    return row[0] if row else None
 
 
 def _lock(driver: psycopg.Connection[Any]) -> None:

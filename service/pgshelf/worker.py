@@ -11,19 +11,21 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
-from pgshelf.embedders import EmbedderError, EmbedderUnavailable, TextRefused
-from pgshelf.embedding import embedder_of, store
-from pgshelf.errors import Problem
+from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
+from pgshelf.embedding import embedder_of, store, text_hash
+from pgshelf.errors import Problem, problem_of
 from pgshelf.settings import Settings
 
 log = logging.getLogger("pgshelf.worker")
 CLAIM = "select library_id, embedder, chunk_id, text, attempts from pgshelf.claim_pending(%s, %s)"
-# psycopg has no infinite datetime, so the moment is made in SQL: never, or in some seconds
-FAIL = """select pgshelf.fail_embeddings(%s, %s, %s,
-  case when %s then 'infinity'::timestamptz else now() + make_interval(secs => %s::float8) end)"""
+# a wait of null gives the chunk up
+FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, %s, %s::float8[])"
+EXPECTED = (Problem, psycopg.Error)  # the database is away, busy or refuses: the message says enough
+Claimed = tuple[Any, ...]  # a row of CLAIM
 
 
 async def embed_pending(engine: AsyncEngine, settings: Settings) -> int:
@@ -34,47 +36,56 @@ async def embed_pending(engine: AsyncEngine, settings: Settings) -> int:
         return 0
     library, choice = claimed[0][0], claimed[0][1]
     try:
-        await _embed(engine, settings, library, choice, claimed)
+        embedder = embedder_of(choice)
     except Problem as error:  # the library asks for an embedder that this server has not
-        await _fail(engine, settings, library, claimed, error.detail, final=False)
+        await _fail(engine, settings, library, claimed, error.detail)
+    else:
+        await _embed(engine, settings, library, embedder, claimed)
     return len(claimed)
 
 
 async def _embed(
-    engine: AsyncEngine, settings: Settings, library: UUID, choice: dict[str, Any], claimed: list[tuple[Any, ...]]
+    engine: AsyncEngine, settings: Settings, library: UUID, embedder: Embedder, claimed: list[Claimed]
 ) -> None:
-    embedder, rest = embedder_of(choice), list(claimed)
+    rest = list(claimed)
     while rest:
         texts = [row[3] for row in rest]
         try:
             vectors = await embedder.embed(texts, "document")
+            await store(engine, library, [row[2] for row in rest], texts, vectors)
+            return
         except TextRefused as error:  # one text spoils no other
             await _fail(engine, settings, library, [rest.pop(error.index)], str(error), final=True)
-            continue
         except EmbedderError as error:
             wait = error.retry_after if isinstance(error, EmbedderUnavailable) else None
-            await _fail(engine, settings, library, rest, str(error), final=False, wait=wait)
+            await _fail(engine, settings, library, rest, str(error), wait=wait)
             return
-        await store(engine, library, [row[2] for row in rest], texts, vectors)
-        return
+        except psycopg.Error as error:
+            if problem_of(error).status != 422:
+                raise
+            await _fail(engine, settings, library, rest, str(error.diag.message_primary))  # vectors that do not fit
+            return
 
 
 async def _fail(
     engine: AsyncEngine,
     settings: Settings,
     library: UUID,
-    chunks: list[tuple[Any, ...]],
+    chunks: list[Claimed],
     error: str,
     *,
-    final: bool,
+    final: bool = False,
     wait: float | None = None,
 ) -> None:
     """Put the reason on the chunks: try again later, with a growing and jittered wait, or give up."""
-    attempts = max(row[4] for row in chunks)
-    final = final or attempts >= settings.worker_attempts
-    delay = wait if wait is not None else min(300.0, 2.0**attempts) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-    log.warning("embedding %d chunks failed (attempt %d): %s", len(chunks), attempts, error)
-    await database.run(engine, FAIL, library, [row[2] for row in chunks], error[:2000], final, delay)
+    log.warning("embedding %d chunks failed: %s", len(chunks), error)
+    waits = [None if final or row[4] >= settings.worker_attempts else wait or _backoff(row[4]) for row in chunks]
+    hashes = [text_hash(row[3]) for row in chunks]
+    await database.run(engine, FAIL, library, [row[2] for row in chunks], hashes, error[:2000], waits)
+
+
+def _backoff(attempts: int) -> float:
+    return min(300.0, 2.0**attempts) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
 
 async def reap(engine: AsyncEngine, _: Settings) -> int:
@@ -90,7 +101,7 @@ async def reconcile(engine: AsyncEngine, settings: Settings) -> bool:
             busy = bool(await step(engine, settings)) or busy
         except Exception as error:
             # whatever it was, the rows still say what is wanted: the next round meets them again
-            log.warning("reconciling failed, trying again: %s", error, exc_info=not isinstance(error, Problem))
+            log.warning("reconciling failed, trying again: %s", error, exc_info=not isinstance(error, EXPECTED))
             busy = False
     return busy
 

@@ -56,6 +56,14 @@ async def test_an_error_carries_all_that_the_server_said(connect):
     assert str(error) == "400 validation_failed: The body is invalid.; text: must not be empty [request r1]"
 
 
+async def test_the_message_says_nothing_twice(connect):
+    places = [{"path": "k", "message": "must be positive"}]
+    answer = problem(400, "validation_failed", detail="k: must be positive", errors=places)
+    with pytest.raises(pgshelf_client.BadRequest) as raised:
+        await connect(Script(answer)).search("x", "rows", k=0)
+    assert str(raised.value) == "400 validation_failed: k: must be positive"
+
+
 async def test_a_proxys_page_becomes_an_error_too(connect):
     page = httpx2.Response(502, text="<html>nginx</html>" + "x" * 1000, headers={"X-Request-Id": "r2"})
     with pytest.raises(pgshelf_client.BadGateway) as raised:

@@ -1,0 +1,52 @@
+"""Is the process alive, can it serve, and what does it serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import psycopg
+
+from pgshelf import __version__, migrate
+from tests.rest.asking import ok, problem
+
+
+async def test_health_and_readiness(client: httpx2.AsyncClient) -> None:
+    assert ok(await client.get("/health")) == {"status": "ok", "version": __version__}
+    ready = ok(await client.get("/ready"))
+    assert ready["status"] == "ready"
+    assert (ready["checks"]["database"], ready["checks"]["schema"]) == ("ok", migrate.head())
+    assert ready["checks"]["pgvector"].startswith("0.")
+
+
+async def test_an_empty_database_is_not_ready(empty_database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(empty_database_url, worker_enabled=False))
+    assert ok(await client.get("/health"))["status"] == "ok"
+    assert "pgshelf migrate" in problem(await client.get("/ready"), 503, "not_ready")["detail"]
+
+
+async def test_it_gets_ready_when_the_database_is_migrated(
+    empty_database_url: str, make_settings: Any, make_client: Any, vector_schema: str
+) -> None:
+    client = await make_client(make_settings(empty_database_url, worker_enabled=False))
+    problem(await client.get("/v1/libraries"), 503, "not_migrated")
+    migrate.upgrade(empty_database_url, vector_schema=vector_schema)
+    ok(await client.get("/ready"))
+    ok(await client.get("/v1/libraries"))
+
+
+async def test_another_version_of_the_schema_is_not_ready(client: httpx2.AsyncClient, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("update pgshelf.installation set sql_hash = 'old'")
+        assert "functions" in problem(await client.get("/ready"), 503, "not_ready")["detail"]
+        connection.execute("update pgshelf.alembic_version set version_num = '9999'")
+        assert "9999" in problem(await client.get("/ready"), 503, "not_ready")["detail"]
+        connection.execute("delete from pgshelf.alembic_version")
+        problem(await client.get("/ready"), 503, "not_ready")
+
+
+async def test_they_have_no_prefix(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, api_prefix="/some/where"))
+    for path in ("/health", "/ready", "/schema", "/schema/openapi.json"):
+        assert ok(await client.get(path))
+        problem(await client.get(f"/some/where{path}"), 404, "route_not_found")
