@@ -67,7 +67,7 @@ begin
   execute format($sql$
     update pgshelf.chunks_s%s c set text = coalesce($2, c.text), metadata = coalesce($4, c.metadata),
       embedding = case when $3 is not null then $3 when $5 then null else c.embedding end,
-      embed_attempts = case when $5 then 0 else c.embed_attempts end, embed_error = case when $5 then null else c.embed_error end,
+      embed_attempts = case when $5 then 0 else c.embed_attempts end, embed_error = case when $5 or $3 is not null then null else c.embed_error end,
       embed_after = case when $5 then now() else c.embed_after end
     where c.id = $1 and c.library_id = $6 returning c.* $sql$, v_library.shelf)
     into v_chunk using p_chunk, p_text, p_embedding, pgshelf.merge_patch(v_chunk.metadata, p_metadata), v_new_text, p_library;

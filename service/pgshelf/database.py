@@ -69,8 +69,12 @@ def make_engine(settings: Settings, url: str) -> AsyncEngine:
 
     async def open_connection() -> psycopg.AsyncConnection[Any]:
         connection = await psycopg.AsyncConnection.connect(target)
-        row = await (await connection.execute(VECTOR_TYPE)).fetchone()
-        await connection.rollback()
+        try:
+            row = await (await connection.execute(VECTOR_TYPE)).fetchone()
+            await connection.rollback()
+        except BaseException:  # cancelled, too: nobody else knows this connection yet
+            await connection.close()
+            raise
         if row:  # absent before the first migration
             register_vector_info(connection, TypeInfo(*row))
         return connection
@@ -88,11 +92,15 @@ def make_engine(settings: Settings, url: str) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A transaction; what the driver raises comes out as it is, without SQLAlchemy's wrapping."""
+async def transaction(engine: AsyncEngine, *, single: bool = False) -> AsyncIterator[AsyncConnection]:
+    """A transaction; what the driver raises comes out as it is, without SQLAlchemy's wrapping.
+
+    A `single` statement is a transaction by itself and is spared the round trips of BEGIN and COMMIT.
+    """
+    single_engine = engine.execution_options(isolation_level="AUTOCOMMIT") if single else None
     try:
         with stage("sql"):
-            async with engine.begin() as connection:
+            async with single_engine.connect() if single_engine else engine.begin() as connection:
                 yield connection
     except PoolTimeout:
         detail = f"No connection became free in time ({engine.pool.status()}). Try again, or raise PGSHELF_POOL_SIZE."
@@ -110,11 +118,11 @@ async def rows(connection: AsyncConnection, statement: str, *parameters: Any) ->
         return await cursor.fetchall() if cursor.description else []
 
 
-async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
     """Do `work` in a transaction; after a deadlock or a serialization failure, in another one."""
     for attempt in range(RETRIES):
         try:
-            async with transaction(engine) as connection:
+            async with transaction(engine, single=single) as connection:
                 return await work(connection)
         except RETRIED:
             if attempt == RETRIES - 1:
@@ -125,7 +133,7 @@ async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitab
 
 async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Run one statement of ours as a transaction of its own."""
-    return await retried(engine, lambda connection: rows(connection, statement, *parameters))
+    return await retried(engine, lambda connection: rows(connection, statement, *parameters), single=True)
 
 
 def now() -> sqlalchemy.ColumnElement[Any]:

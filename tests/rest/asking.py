@@ -14,7 +14,7 @@ import numpy as np
 from pgshelf.errors import CODES
 
 # What an answer must never hold, whatever went wrong.
-INSIDES = ("Traceback", 'File "', "psycopg", "sqlalchemy", "asyncpg", "pgshelf.chunks_s", "select ", "insert into", "\n")
+INSIDES = ("Traceback", 'File "', "psycopg", "sqlalchemy", "asyncpg", "pgshelf.chunks_s", "select ", "insert into")
 
 
 def at(*parts: str) -> str:

@@ -1,0 +1,484 @@
+"""The command line, as people and init systems use it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import click
+import httpx2
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+import pgshelf
+from pgshelf import embedded, migrate
+from pgshelf.cli import main
+from tests.postgres import Server, on_database
+
+bundled = pytest.mark.xdist_group("bundled")  # one data directory, used by one test after the other
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vector_schema: str) -> Run:
+    """Runs a command in this process: run("doctor", url=..., PGSHELF_PORT="1")."""
+
+    def invoke(*arguments: str, url: str | None = None, **environment: str) -> Result:
+        known = {"PGSHELF_DATABASE_URL": url or "", "PGSHELF_VECTOR_SCHEMA": vector_schema}
+        known |= {"PGSHELF_DATA_DIR": str(tmp_path / "data"), "PGSHELF_LOG_LEVEL": "error"}
+        return CliRunner().invoke(main, arguments, env=known | environment)
+
+    for name in [name for name in os.environ if name.startswith("PGSHELF_")]:
+        monkeypatch.delenv(name)
+    return invoke
+
+
+def with_password(url: str, password: str) -> str:
+    """The same database; a server that trusts its socket does not look at the password."""
+    parts = urlsplit(url)
+    if parts.password is not None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user}:{password}@{host}"))
+
+
+# -- migrate
+
+
+def tables(url: str) -> list[str]:
+    with psycopg.connect(url) as connection:
+        rows = connection.execute("select tablename from pg_tables where schemaname = 'pgshelf' order by 1").fetchall()
+        return [name for (name,) in rows]
+
+
+def test_migrate_brings_a_database_up_to_date_and_takes_it_back(run: Run, empty_database_url: str) -> None:
+    for _ in range(2):  # to repeat it is safe
+        result = run("migrate", url=empty_database_url)
+        assert (result.exit_code, result.stdout) == (0, f"the schema pgshelf is at revision {migrate.head()}\n")
+        assert "chunks" in tables(empty_database_url)
+    result = run("migrate", "--down-to", "base", url=empty_database_url)
+    assert (result.exit_code, result.stdout) == (0, "the schema pgshelf is back at base\n")
+    assert tables(empty_database_url) == []
+
+
+def test_migrate_prints_statements_that_do_the_same(run: Run, empty_database_url: str) -> None:
+    result = run("migrate", "--sql")
+    assert result.exit_code == 0
+    assert tables(empty_database_url) == []
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute(result.stdout.encode())
+    assert run("doctor", url=empty_database_url).exit_code == 0
+
+
+def test_migrate_refuses_to_take_away_what_is_referenced(run: Run, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("create table invoices (document uuid references pgshelf.documents (id))")
+    result = run("migrate", "--down-to", "base", url=database_url)
+    assert result.exit_code == 1
+    assert "pgshelf: nothing was changed" in result.stderr
+    assert "invoices" in result.stderr
+    assert "chunks" in tables(database_url)
+
+
+def test_migrate_says_why_it_cannot(run: Run) -> None:
+    result = run("migrate", url="postgresql://nobody:s3cret@127.0.0.1:1/nothing")
+    assert (result.exit_code, "s3cret" in result.output) == (1, False)
+    assert result.stderr.startswith("pgshelf: ")
+    assert "refused" in result.stderr
+
+
+# -- doctor
+
+
+def lines(result: Result, level: str) -> list[str]:
+    return [line.removeprefix(level).strip() for line in result.stdout.splitlines() if line.startswith(level)]
+
+
+def test_doctor_finds_a_good_database_good(run: Run, database_url: str) -> None:
+    result = run("doctor", url=database_url, PGSHELF_WORKERS="2", PGSHELF_POOL_SIZE="7")
+    assert (result.exit_code, lines(result, "fail")) == (0, [])
+    good = "\n".join(lines(result, "ok"))
+    for part in ("PostgreSQL 1", f"revision {migrate.head()}", "role pgshelf_reader", "role pgshelf_writer",
+                 "all indexes are valid", "0 chunks wait", "up to 14 connections"):  # fmt: skip
+        assert part in good
+
+
+def test_doctor_says_what_to_do_without_a_schema(run: Run, empty_database_url: str) -> None:
+    result = run("doctor", url=empty_database_url)
+    assert result.exit_code == 1
+    assert "the schema pgshelf is missing; run pgshelf migrate" in lines(result, "fail")
+
+
+def test_doctor_says_what_to_do_without_a_database(run: Run) -> None:
+    result = run("doctor", url="postgresql://nobody:s3cret@127.0.0.1:1/nothing")
+    [finding] = lines(result, "fail")
+    assert result.exit_code == 1
+    assert "cannot be reached" in finding and "PGSHELF_DATABASE_URL" in finding
+    assert "s3cret" not in result.output
+
+
+BROKEN = {
+    "functions of another version": (
+        "update pgshelf.installation set sql_hash = 'other'", "fail", "run pgshelf migrate"
+    ),
+    "another revision": ("update pgshelf.alembic_version set version_num = '0000'", "fail", "run pgshelf migrate"),
+    "no pgvector": ("update pg_extension set extname = 'elsewhere' where extname = 'vector'", "fail", "not installed"),
+    "an old pgvector": ("update pg_extension set extversion = '0.7.4' where extname = 'vector'", "fail", "0.8.0"),
+    "a pgvector with known defects": (
+        "update pg_extension set extversion = '0.8.5' where extname = 'vector'", "warn", "0.8.6 or newer"
+    ),
+    "a newer pgvector": ("update pg_extension set extversion = '0.9.0' where extname = 'vector'", "ok", "pgvector 0.9"),
+    "an invalid index": (
+        "update pg_index set indisvalid = false where indexrelid = 'pgshelf.chunks_s0_id_idx'::regclass",
+        "fail", "reindex index concurrently pgshelf.chunks_s0_id_idx",
+    ),
+    "a role without grants": ("revoke usage on schema pgshelf from pgshelf_reader", "warn", "no grants here"),
+    "chunks that were given up": (
+        """insert into pgshelf.libraries (name, dimension, embedder, chunking)
+           values ('n', 4, '{"provider": "local", "dimension": 4}', '{}');
+           select pgshelf.put_document('n', 'a', texts => array['x', 'y']);
+           update pgshelf.chunks set embed_after = 'infinity', embed_error = 'refused' where text = 'x'""",
+        "warn", "1 chunks could not be embedded, the last reason: refused",
+    ),
+    "a missing view": ("drop view pgshelf.pending_embeddings", "fail", "pending: relation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_doctor_names_what_is_wrong(run: Run, database_url: str, name: str) -> None:
+    statements, level, said = BROKEN[name]
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(statements.encode())
+    result = run("doctor", url=database_url)
+    assert said in "\n".join(lines(result, level)), result.output
+    assert result.exit_code == (1 if level == "fail" else 0)
+
+
+def test_doctor_names_server_settings_that_lose_writes_and_a_database_that_is_no_utf8(
+    run: Run, postgres: Server, empty_database_url: str
+) -> None:
+    name = urlsplit(empty_database_url).path[1:] + "_ascii"
+    with psycopg.connect(postgres.admin_url, autocommit=True) as admin:
+        admin.execute(
+            f"create database {name} encoding 'SQL_ASCII' template template0 locale_provider libc locale 'C'".encode()
+        )
+        admin.execute(f"alter database {name} set synchronous_commit = off".encode())
+        try:
+            result = run("doctor", url=on_database(postgres.admin_url, name))
+        finally:
+            admin.execute(f"drop database {name}".encode())
+    assert any("UTF8" in line for line in lines(result, "fail"))
+    assert any(line.startswith("synchronous_commit is off") for line in lines(result, "warn"))
+    assert result.exit_code == 1
+
+
+# -- search
+
+
+def test_search_prints_hits_for_people_and_for_programs(run: Run, live_server: Any) -> None:
+    documents = {"birds": "Penguins swim under the ice.", "cars": "Engines burn petrol."}
+    httpx2.post(f"{live_server.url}/v1/libraries", json={"name": "notes"}).raise_for_status()
+    for key, text in documents.items():
+        address = f"{live_server.url}/v1/libraries/notes/documents/{key}"
+        httpx2.put(address, json={"text": text}).raise_for_status()
+
+    result = run("search", "notes", "penguins on ice", "--url", live_server.url)
+    assert result.exit_code == 0
+    assert [line.split()[1:] for line in result.stdout.splitlines()[::2]] == [["birds", "#0"], ["cars", "#0"]]
+    assert result.stdout.splitlines()[1].strip() == documents["birds"]
+
+    result = run("search", "notes", "penguins on ice", "-k", "1", "--json", PGSHELF_PORT=str(live_server.port))
+    [hit] = map(json.loads, result.stdout.splitlines())
+    assert (hit["key"], hit["text"]) == ("birds", documents["birds"])
+
+    httpx2.post(f"{live_server.url}/v1/libraries", json={"name": "empty"}).raise_for_status()
+    result = run("search", "empty", "anything", "--url", live_server.url)
+    assert (result.exit_code, result.stdout) == (0, "nothing found\n")
+    result = run("search", "empty", "anything", "--json", "--url", live_server.url)
+    assert (result.exit_code, result.stdout) == (0, "")
+
+    result = run("search", "nothing", "anything", "--url", live_server.url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pgshelf: ") and "'nothing'" in result.stderr
+
+
+def test_search_says_that_nobody_serves(run: Run) -> None:
+    result = run("search", "notes", "anything", "--url", "http://127.0.0.1:1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pgshelf: ") and "127.0.0.1:1" in result.stderr
+
+
+# -- serve: what it refuses before it starts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--port", "99999"], {}, "65535"),
+        ([], {"PGSHELF_WORKERS": "none"}, "PGSHELF_WORKERS=none"),
+        ([], {"PGSHELF_WORKER": "1"}, "PGSHELF_WORKER is not a setting"),
+        ([], {"PGSHELF_CHUNK_OVERLAP": "5000"}, "chunk_overlap must be smaller"),
+        ([], {"PGSHELF_POSTGRES_VERSION": "17"}, "18 or 16"),
+        (["--host", "0.0.0.0"], {}, "PGSHELF_ALLOW_UNAUTHENTICATED"),  # noqa: S104 - what is refused
+        (["--host", "shelf.example.com"], {}, "PGSHELF_ALLOW_UNAUTHENTICATED"),
+        (["--host", "203.0.113.7"], {"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, "cannot listen on 203.0.113.7:8432"),
+    ],
+)
+def test_serve_refuses_what_it_cannot_do(
+    run: Run, arguments: list[str], environment: dict[str, str], said: str
+) -> None:
+    result = run("serve", *arguments, **environment)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("pgshelf: ") and said in result.stderr
+
+
+def test_serve_refuses_a_busy_port(run: Run) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        result = run("serve", "--port", str(busy.getsockname()[1]))
+    assert result.exit_code == 1
+    assert "cannot listen on 127.0.0.1:" in result.stderr and "--port" in result.stderr
+
+
+def test_commands_say_why_the_bundled_server_does_not_start(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data" / "postgres").mkdir(parents=True)
+    (tmp_path / "data" / "postgres" / "PG_VERSION").write_text("15\n")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "was made by PostgreSQL 15" in result.stderr
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    for name in main.list_commands(click.Context(main)):
+        assert f"  {name} " in result.output
+    assert CliRunner().invoke(main, ["--version"]).output == f"pgshelf, version {pgshelf.__version__}\n"
+
+
+# -- serve, on a database of somebody's
+
+
+def test_serve_says_what_it_does_and_masks_secrets(
+    database_url: str, make_live_server: Any, vector_schema: str
+) -> None:
+    url = with_password(database_url, "s3cret")
+    server = make_live_server(url, "--host", "localhost", PGSHELF_MAX_K="77", PGSHELF_VECTOR_SCHEMA=vector_schema)
+    password = urlsplit(url).password
+    assert f"http://localhost:{server.port}/v1" in server.output
+    assert "max_k = 77" in server.output
+    assert ":***@" in server.output
+    assert f":{password}@" not in server.output
+    assert server.stop() == 0
+
+
+def test_serve_migrates_only_when_told_to(empty_database_url: str, make_live_server: Any, vector_schema: str) -> None:
+    server = make_live_server(empty_database_url, wait=False, PGSHELF_VECTOR_SCHEMA=vector_schema)
+    answer = answer_of(lambda: httpx2.get(f"{server.url}/ready"))
+    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+    assert "pgshelf migrate" in answer.json()["detail"]
+    assert tables(empty_database_url) == []
+    make_live_server(empty_database_url, PGSHELF_AUTO_MIGRATE="true", PGSHELF_VECTOR_SCHEMA=vector_schema)
+    # the one that was there goes on, without a restart
+    assert answer_of(lambda: httpx2.get(f"{server.url}/ready")).status_code == 200
+
+
+def test_serve_fails_when_it_cannot_migrate(make_live_server: Any) -> None:
+    server = make_live_server("postgresql://nobody@127.0.0.1:1/x", wait=False, PGSHELF_AUTO_MIGRATE="true")
+    assert server.process.wait(30) == 1
+    assert "pgshelf: " in server.output and "Traceback" not in server.output
+
+
+def test_other_machines_reach_it_when_that_is_said(database_url: str, make_live_server: Any) -> None:
+    host = "0.0.0.0"  # noqa: S104 - said twice, as it must be
+    server = make_live_server(database_url, "--host", host, PGSHELF_ALLOW_UNAUTHENTICATED="true")
+    assert httpx2.get(f"{server.url}/health").json()["status"] == "ok"
+
+
+def answer_of(ask: Callable[[], httpx2.Response], seconds: float = 30) -> httpx2.Response:
+    """The first answer that comes at all."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except httpx2.TransportError:
+            assert time.monotonic() < deadline, "no answer"
+            time.sleep(0.05)
+
+
+def workers_of(server: Any) -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process(server.process.pid).children() if "pgshelf" in " ".join(child.cmdline())
+    ]
+
+
+def test_reload_serves_changed_code(database_url: str, make_live_server: Any) -> None:
+    server = make_live_server(database_url, "--reload")
+    [before] = workers_of(server)
+    os.utime(Path(pgshelf.__file__))
+    psutil.wait_procs([before], timeout=20)
+    server.wait_until_ready()
+    [after] = workers_of(server)
+    assert after.pid != before.pid
+    assert server.stop() == 0
+
+
+def test_a_killed_worker_is_replaced(database_url: str, make_live_server: Any) -> None:
+    server = make_live_server(database_url, "--workers", "2")
+    victim, other = workers_of(server)
+    victim.kill()
+    deadline = time.monotonic() + 20
+    while {each.pid for each in workers_of(server)} <= {victim.pid, other.pid} or len(workers_of(server)) < 2:
+        assert time.monotonic() < deadline, server.output
+        time.sleep(0.05)
+    server.wait_until_ready()
+    assert other.is_running()
+    assert server.stop() == 0
+
+
+# -- serve, on the PostgreSQL that it brings
+
+
+@pytest.fixture(scope="module")
+def version(postgres_version: int) -> int:
+    return postgres_version if postgres_version in embedded.VERSIONS else 18
+
+
+@pytest.fixture(scope="module")
+def data_dir(version: int) -> Iterator[Path]:
+    """One cluster for all tests here: initdb takes longer than what they do."""
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-"))
+    yield directory / "data"
+    with embedded.start(directory / "data", version):
+        pass  # whatever a failed test left running has no other user now
+    shutil.rmtree(directory)
+
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture
+def serve(make_live_server: Any, data_dir: Path, version: int) -> Serve:
+    def start(*arguments: str, **options: Any) -> Any:
+        # the option wins over the environment's
+        environment = {"PGSHELF_POSTGRES_VERSION": str(version)}
+        return make_live_server(None, "--data-dir", str(data_dir), *arguments, **environment, **options)
+
+    return start
+
+
+@pytest.fixture
+def postmaster(data_dir: Path, version: int) -> Callable[[], int | None]:
+    return lambda: embedded.EmbeddedServer(data_dir, version, {}, 10).pid
+
+
+def write(server: Any, key: str) -> None:
+    httpx2.post(f"{server.url}/v1/libraries", json={"name": "notes"})  # 409 when it is there
+    answer = httpx2.put(f"{server.url}/v1/libraries/notes/documents/{key}", json={"text": f"the text of {key}"})
+    assert answer.status_code in (200, 201), answer.text
+
+
+def read(server: Any, key: str) -> str:
+    answer = httpx2.get(f"{server.url}/v1/libraries/notes/documents/{key}/chunks")
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["items"][0]["text"])
+
+
+@bundled
+def test_it_brings_its_own_database_and_stops_it(
+    serve: Serve, postmaster: Callable[[], int | None], data_dir: Path, run: Run, version: int
+) -> None:
+    server = serve()
+    write(server, "kept")
+    [line] = [line for line in server.output.splitlines() if line.startswith("  psql ")]
+    psql = subprocess.run([*shlex.split(line)[1:], "-Atc", "select library from pgshelf.documents_view"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert psql.stdout == "notes\n"
+    assert f"PostgreSQL {version}, bundled, in {data_dir}" in server.output
+
+    assert server.stop() == 0
+    assert postmaster() is None
+    assert not (data_dir / "postgres" / "postmaster.pid").exists()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{server.url}/health")
+
+    started = time.monotonic()
+    again = serve(port=server.port)
+    assert time.monotonic() - started < 10
+    assert read(again, "kept") == "the text of kept"
+
+    # other commands join the running server and leave it running
+    options = ["--data-dir", str(data_dir)]
+    result = run("doctor", *options, PGSHELF_POSTGRES_VERSION=str(version))
+    assert (result.exit_code, lines(result, "fail")) == (0, [])
+    assert run("migrate", *options, PGSHELF_POSTGRES_VERSION=str(version)).exit_code == 0
+    assert read(again, "kept") == "the text of kept"
+
+
+@bundled
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_a_signal_ends_it_cleanly_while_it_works(
+    serve: Serve, postmaster: Callable[[], int | None], how: signal.Signals
+) -> None:
+    server = serve()
+    write(server, "a")
+    server.process.send_signal(how)
+    started = time.monotonic()
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - started < 10
+    assert postmaster() is None
+    assert "Traceback" not in server.output
+
+
+@bundled
+def test_a_killed_parent_leaves_a_way_to_start_again(serve: Serve, postmaster: Callable[[], int | None]) -> None:
+    server = serve("--workers", "2")
+    write(server, "before")
+    workers = workers_of(server)
+    assert len(workers) == 2
+    server.process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=2)
+    assert alive == [], "workers outlive their parent and hold the port"
+    assert postmaster() is not None, "nobody was left to stop it"
+
+    again = serve(port=server.port)
+    assert read(again, "before") == "the text of before"
+    write(again, "after")
+    assert again.stop() == 0
+    assert postmaster() is None
+
+
+@bundled
+def test_a_killed_postgres_comes_back_by_itself(serve: Serve, postmaster: Callable[[], int | None]) -> None:
+    server = serve()
+    write(server, "before")
+    pid = postmaster()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    seen: set[int] = set()
+    deadline = time.monotonic() + 30
+    while 200 not in seen or postmaster() in (None, pid):
+        with contextlib.suppress(httpx2.ReadTimeout):
+            seen.add(httpx2.get(f"{server.url}/v1/libraries/notes/documents/before").status_code)
+        assert time.monotonic() < deadline, server.output
+        time.sleep(0.02)
+    assert seen <= {200, 503}
+    server.wait_until_ready()
+    write(server, "after")
+    assert read(server, "before") == "the text of before"
+    assert server.stop() == 0
+    assert postmaster() is None
