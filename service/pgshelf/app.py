@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import License, Tag
 from litestar.router import Router
 
-from pgshelf import __version__, chunks, database, documents, health, http, libraries, search, worker
+from pgshelf import __version__, chunks, database, documents, health, http, libraries, logs, search, worker
 from pgshelf.embedders import embedder_for
 from pgshelf.settings import Settings
 
@@ -79,7 +78,7 @@ def from_environment() -> Litestar:
     """The application of a serving process; `pgshelf serve` hands its settings down through the environment."""
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     settings = Settings.from_env(os.environ)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure(settings.log_level)
     return create_app(settings)
 
 

@@ -7,8 +7,10 @@ import ipaddress
 import logging
 import os
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import click
 import msgspec
 
-from pgshelf import __version__, doctor, embedded, migrate
+from pgshelf import __version__, demo, doctor, embedded, logs, migrate
 from pgshelf.settings import PREFIX, Settings, SettingsError
 
 
@@ -42,7 +44,7 @@ def _settings(**overrides: Any) -> Settings:
         settings = Settings.from_env(os.environ, **overrides)
     except SettingsError as error:
         raise Failure(str(error)) from None
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure(settings.log_level)
     return settings
 
 
@@ -235,6 +237,71 @@ def doctor_command(data_dir: Path | None) -> None:
             failed |= finding.level == "fail"
             click.echo(f"{finding.level:<4}  {finding.text}")
     sys.exit(1 if failed else 0)
+
+
+@main.command("demo")
+@click.option("--keep", is_flag=True, help="Leave it serving until Ctrl-C.")
+@click.option("--port", type=int, help="Port to listen on (PGSHELF_PORT).")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=Path(".pgshelf"),
+    show_default=True,
+    help="Where the data goes.",
+)
+def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
+    """Ingest the documentation of the Python standard library on this machine, and search it over HTTP."""
+    from rich.console import Console
+
+    from pgshelf_client import Client
+
+    console, settings = Console(highlight=False), _settings(port=port)
+    url, library = f"http://127.0.0.1:{settings.port}", "python-docs"
+    environment = {name: value for name, value in os.environ.items() if name != f"{PREFIX}DATABASE_URL"}
+    environment |= {
+        f"{PREFIX}DATA_DIR": str(data_dir.resolve()),
+        f"{PREFIX}API_PREFIX": "/v1",
+        f"{PREFIX}HOST": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "pgshelf.cli", "serve", "--port", str(settings.port)]
+    console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")
+    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own program
+    try:
+        _await(process, url)
+        with Client(url, timeout=60) as client:
+            console.print("[bold]2. ingest the documentation of the Python standard library[/bold]")
+            demo.fill(client, library, console)
+            console.print("[bold]3. ask, over HTTP[/bold]")
+            sensible = demo.ask(client, library, console)
+        console.print(
+            f"\n{sensible} of {len(demo.QUESTIONS)} questions have a sensible answer among their first three hits."
+        )
+        psql = embedded.EmbeddedServer(data_dir, settings.postgres_version, {}, 0).psql_command()
+        again = "while this serves; Ctrl-C ends it" if keep else "after: make demo KEEP=1"
+        console.print(f"[bold]4. go on[/bold] ({again})")
+        console.print(demo.how_to_go_on(url, psql, library), markup=False, soft_wrap=True)
+        if keep:
+            process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        process.terminate()
+        process.wait(60)
+    if sensible < len(demo.QUESTIONS):
+        raise Failure("some questions found nothing sensible")
+
+
+def _await(process: subprocess.Popen[bytes], url: str) -> None:
+    from pgshelf_client import Client, PgshelfError
+
+    deadline = time.monotonic() + 60
+    with Client(url) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(PgshelfError):
+                client.ready()
+                return
+            time.sleep(0.1)
+    raise Failure("the service did not become ready; see above")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import sys
 import sysconfig
+import time
 import types
 import warnings
 from collections.abc import Iterator
@@ -14,11 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgshelf_client import SearchResult
     from rich.console import Console
+
+    from pgshelf_client import Client, SearchResult
 
 MAX_CHUNKS = 1000
 MAX_TEXT = 4000
+
+# A chunk is a name and the paragraphs that open its docstring: the first, and others up to this many characters. The
+# local embedder averages words, so parameters and examples blur what the opening says. Mean reciprocal rank of the first
+# right hit over 29 questions: 0.90 at 200, 0.87 at 0 and at 300, 0.82 at 500, 0.85 with whole docstrings.
+OPENING = 200
 
 # What a person might ask, and the modules of which one should be among the first three hits.
 QUESTIONS: dict[str, frozenset[str]] = {
@@ -100,7 +108,16 @@ def _title(module: str, doc: Doc) -> str:
 
 def _chunk(doc: Doc) -> dict[str, Any]:
     kind, name, text = doc
-    return {"text": f"{name}\n\n{text}"[:MAX_TEXT].rstrip(), "metadata": {"kind": kind, "name": name}}
+    return {"text": f"{name}\n\n{_opening(text)}"[:MAX_TEXT].rstrip(), "metadata": {"kind": kind, "name": name}}
+
+
+def _opening(text: str) -> str:
+    opening, *others = re.split(r"\n\s*\n", text.strip())
+    for paragraph in others:
+        if len(opening) + len(paragraph) > OPENING:
+            break
+        opening += f"\n\n{paragraph}"
+    return opening
 
 
 def _files(root: Path) -> dict[str, tuple[Path, Path]]:
@@ -157,7 +174,9 @@ def _compiled_docs(module: str) -> Iterator[Doc]:
         return
     if namespace["__doc__"]:
         yield "module", module, inspect.cleandoc(namespace["__doc__"])
-    for name in namespace.get("__all__") or [name for name in namespace if not name.startswith("_")]:
+    for name in namespace.get("__all__") or list(namespace):
+        if name.startswith("_"):
+            continue
         thing = namespace.get(name)
         home = getattr(thing, "__module__", None) or ""
         if not (home in (module, "posix") or home.startswith("_")):
@@ -183,14 +202,59 @@ def show(console: Console, question: str, result: SearchResult, milliseconds: fl
 
     console.print()
     console.print(Text.assemble((question, "bold"), (f"   {milliseconds:.1f} ms", "dim")))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="right", style="green")
-    table.add_column(style="cyan", overflow="fold")
-    table.add_column(style="dim")
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table.add_column(style="green", no_wrap=True, width=7)
+    table.add_column(style="cyan", no_wrap=True, width=36)
+    table.add_column(style="dim", no_wrap=True, width=8)
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     for hit in result.hits:
         metadata = hit.metadata or {}
         name = str(metadata.get("name") or hit.key or hit.document_id)
         says = (hit.text or "").removeprefix(name).strip().partition("\n")[0]
         table.add_row(f"  {hit.score:.3f}", Text(name), Text(str(metadata.get("kind", ""))), Text(says))
     console.print(table if result.hits else Text("  nothing found", style="yellow"))
+
+
+def fill(client: Client, library: str, console: Console) -> None:
+    """Ingest the corpus under a progress bar; documents that are there already are replaced, unchanged chunks kept."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    documents = list(stdlib_documents())
+    if library not in {each.name for each in client.libraries()}:
+        client.create_library(library, description="The documentation of the Python standard library")
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(4) as pool:
+        task = progress.add_task("chunks", total=sum(len(document["chunks"]) for document in documents))
+        for document in pool.map(lambda document: client.add_document(library, **document), documents):
+            progress.advance(task, document.chunks.total if document.chunks else 0)
+    stats = client.library_stats(library)
+    console.print(f"  {stats.documents} documents, {stats.chunks} chunks, {stats.bytes / 1e6:.1f} MB in PostgreSQL")
+
+
+def ask(client: Client, library: str, console: Console) -> int:
+    """Ask all questions over HTTP and show the answers; returns how many had a sensible one among the first three."""
+    sensible = 0
+    for question, modules in QUESTIONS.items():
+        started = time.perf_counter()
+        result = client.search(library, question, k=3)
+        show(console, question, result, (time.perf_counter() - started) * 1000)
+        sensible += any(hit.key in modules for hit in result.hits)
+    return sensible
+
+
+def how_to_go_on(url: str, psql: str, library: str) -> str:
+    """Lines for curl, psql and the SDK that work as pasted while the demo serves."""
+    body = '{"query": "open a file in a zip archive", "k": 3}'
+    statement = "select key, ordinal, left(text, 60) from pgshelf.chunks_view where library = '{}' limit 5"
+    return f"""
+  curl -s {url}/v1/libraries/{library}/search -H 'content-type: application/json' -d '{body}'
+
+  {psql} -c "{statement.format(library)}"
+
+  {sys.executable} -c "
+from pgshelf_client import Client
+for hit in Client('{url}').search('{library}', 'open a file in a zip archive', k=3).hits:
+    print(round(hit.score, 3), hit.metadata['name'])"
+"""

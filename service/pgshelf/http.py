@@ -128,7 +128,8 @@ class Answer(Response[T]):
     def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **options: Any) -> Any:
         """Render as MessagePack where `Accept` names it, else as JSON."""
         with stage("encode"):
-            if self.media_type in (None, MediaType.JSON) and _media_type(request.headers.get("accept", "")) in MSGPACK_TYPES:
+            accepted = _media_type(request.headers.get("accept", ""))
+            if self.media_type in (None, MediaType.JSON) and accepted in MSGPACK_TYPES:
                 self.media_type = MediaType.MESSAGEPACK
             return super().to_asgi_response(app, request, **options)
 

@@ -203,7 +203,7 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
             ischema_names[found[1].lower()] = (
                 VECTOR  # reflection (alembic check) sees the type under its qualified name
             )
-        # SQLAlchemy read it before the guards: with pgshelf first in the search_path our schema would be reflected unnamed
+        # SQLAlchemy read it before the guards: with pgshelf first in the search_path our schema would go unnamed
         connection.dialect.default_schema_name = "pg_catalog"
         _migrate(context, connection)
 

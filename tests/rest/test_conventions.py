@@ -1,0 +1,171 @@
+"""What every route has in common: prefix, ids of requests, timings, methods, unknown fields, formats."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+
+from tests.rest.asking import at, document, library, ok, problem
+
+SHELF = at("libraries", "shelf")
+UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
+
+
+async def test_the_prefix_may_be_empty(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, api_prefix=""))
+    response = await client.post("/libraries", json={"name": "shelf"})
+    ok(response, 201)
+    assert response.headers["location"].startswith("/libraries/")
+    body = {"key": "a/b", "text": "VACUUM reclaims storage."}
+    response = await client.post("/libraries/shelf/documents", json=body)
+    assert response.headers["location"] == f"/libraries/shelf/documents/{ok(response, 201)['id']}"
+    assert ok(await client.get("/libraries/shelf/documents/a%2Fb"))["key"] == "a/b"
+    assert len(ok(await client.post("/libraries/shelf/search", json={"query": "storage"}))["hits"]) == 1
+    problem(await client.get("/v1/libraries"), 404, "route_not_found")
+    for path in ("/health", "/ready", "/schema"):
+        ok(await client.get(path))
+
+
+async def test_the_prefix_may_be_deep(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, api_prefix="/api/pgshelf.v1"))
+    response = await client.post("/api/pgshelf.v1/libraries", json={"name": "shelf"})
+    assert ok(await client.get(response.headers["location"])) == ok(response, 201)
+    assert "/api/pgshelf.v1/libraries" in ok(await client.get("/schema"))["paths"]
+
+
+@pytest.mark.parametrize("path", ["/v1/libraries", "/v1/libraries/none", "/nowhere", "/health", "/schema", "/v1/%FF"])
+async def test_every_answer_has_a_request_id(client: httpx2.AsyncClient, path: str) -> None:
+    sent = await client.get(path, headers={"X-Request-Id": "order-17:a/b=c+d.e_f"})
+    assert sent.headers["x-request-id"] == "order-17:a/b=c+d.e_f"
+    for useless in ("", "x" * 129, "a b", "<script>", "a\tb", "é".encode()):
+        own = (await client.get(path, headers=[(b"X-Request-Id", useless if isinstance(useless, bytes) else useless.encode())])).headers  # fmt: skip
+        assert re.fullmatch("[0-9a-f]{32}", own["x-request-id"])
+    ids = {(await client.get(path)).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+async def test_stages_are_timed(client: httpx2.AsyncClient) -> None:
+    def stages(response: httpx2.Response) -> dict[str, float]:
+        parts = [part.split(";dur=") for part in response.headers["server-timing"].split(", ")]
+        return {name: float(spent) for name, spent in parts}
+
+    assert set(stages(await client.get("/health"))) <= {"encode", "total"}
+    await client.post("/v1/libraries", json={"name": "shelf"})
+    await client.post(f"{SHELF}/documents", json={"text": "x"})
+    spent = stages(await client.post(f"{SHELF}/search", json={"query": "x"}))
+    assert set(spent) == {"decode", "embed", "sql", "encode", "total"}
+    assert spent["total"] >= spent["sql"] > 0
+    assert "total" in stages(await client.get("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/libraries", {"GET", "POST"}),
+        ("/v1/libraries/shelf", {"GET", "PATCH", "DELETE"}),
+        ("/v1/libraries/shelf/stats", {"GET"}),
+        ("/v1/libraries/shelf/documents", {"GET", "POST"}),
+        ("/v1/libraries/shelf/documents/a%2Fb", {"GET", "PUT", "PATCH", "DELETE"}),
+        ("/v1/libraries/shelf/documents/a%2Fb/chunks", {"GET"}),
+        (f"/v1/libraries/shelf/chunks/{UNKNOWN_ID}", {"GET", "PATCH", "DELETE"}),
+        ("/v1/libraries/shelf/search", {"POST"}),
+        ("/health", {"GET"}),
+        ("/ready", {"GET"}),
+    ],
+)
+async def test_methods(client: httpx2.AsyncClient, path: str, methods: set[str]) -> None:
+    def allowed(response: httpx2.Response) -> set[str]:
+        return set(response.headers["allow"].split(", "))
+
+    options = await client.options(path)
+    assert options.status_code == 204 and allowed(options) == methods | {"OPTIONS"}
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - methods:
+        response = await client.request(method, path, json={} if method in {"POST", "PUT", "PATCH"} else None)
+        problem(response, 405, "method_not_allowed")
+        assert allowed(response) == methods | {"OPTIONS"}
+    head = await client.head(path)
+    assert head.status_code == 405 and head.headers["x-request-id"]
+
+
+async def test_nothing_at_an_address(client: httpx2.AsyncClient) -> None:
+    for path in ("/", "/v1", "/v2/libraries", "/v1/libraries/a/b", "/v1/libraries/a/documents/b/c", "/metrics"):
+        body = problem(await client.get(path), 404, "route_not_found")
+        assert "/schema" in body["detail"] and body["instance"] == path
+        problem(await client.post(path, json={}), 404, "route_not_found")
+    await library(client)
+    assert ok(await client.get("/v1/libraries/shelf/"))["name"] == "shelf"  # a slash at the end does not matter
+
+
+@pytest.mark.parametrize("form", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/libraries", {"name": "new", "dimensions": 3}),
+        ("POST", "/v1/libraries", {"name": "new", "embedder": {"provider": "local", "key": "x"}}),
+        ("POST", "/v1/libraries", {"name": "new", "chunking": {"length": 5}}),
+        ("PATCH", SHELF, {"dimension": 4}),
+        ("PATCH", SHELF, {"id": UNKNOWN_ID}),
+        ("POST", f"{SHELF}/documents", {"text": "x", "id": UNKNOWN_ID}),
+        ("POST", f"{SHELF}/documents", {"chunks": [{"text": "x", "vector": [1, 0, 0]}]}),
+        ("PUT", f"{SHELF}/documents/k", {"text": "x", "Title": "T"}),
+        ("PATCH", f"{SHELF}/documents/k", {"text": "x"}),
+        ("PATCH", f"{SHELF}/chunks/{UNKNOWN_ID}", {"ordinal": 1}),
+        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "limit": 5}),
+        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "filter": {}}),
+    ],
+)
+async def test_unknown_fields_are_refused(
+    client: httpx2.AsyncClient, form: str, method: str, path: str, body: dict[str, Any]
+) -> None:
+    await library(client)
+    await document(client, "k")
+    encoded = msgspec.json.encode(body) if form == "json" else msgspec.msgpack.encode(body)
+    answer = await client.request(method, path, content=encoded, headers={"Content-Type": f"application/{form}"})
+    assert "unknown field" in problem(answer, 400, "validation_failed")["detail"]
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["*/*", "text/html", "image/png", "", "application/json;q=0", ";;;", ",", "a" * 5000, "application/xml, */*;q=0.1"],
+)
+async def test_whatever_is_accepted_json_comes(client: httpx2.AsyncClient, accept: str) -> None:
+    response = await client.get("/v1/libraries", headers={"Accept": accept})
+    assert response.headers["content-type"] == "application/json" and ok(response)["items"] == []
+
+
+async def test_problems_are_json_whatever_is_accepted(client: httpx2.AsyncClient) -> None:
+    for accept in ("application/msgpack", "text/html"):
+        problem(await client.get(at("libraries", "none"), headers={"Accept": accept}), 404, "library_not_found")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/json", "application/json; charset=utf-8", "Application/JSON", "application/json;charset=UTF-8"],
+)
+async def test_content_types_that_are_json(client: httpx2.AsyncClient, content_type: str) -> None:
+    response = await client.post("/v1/libraries", content=b'{"name": "a"}', headers={"Content-Type": content_type})
+    ok(response, 201)
+
+
+async def test_a_body_without_a_content_type_is_json(client: httpx2.AsyncClient) -> None:
+    ok(await client.post("/v1/libraries", content=b'{"name": "a"}'), 201)
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [("wait=true", 201), ("wait=True", 201), ("wait=1", 201), ("wait=false", 202), ("wait=0", 202), ("wait=maybe", 400),
+     ("wait=", 400), ("wait=2", 400), ("wait=true&wait=false", 400), ("other=1", 201)],
+)  # fmt: skip
+async def test_wait_is_a_boolean(
+    database_url: str, make_settings: Any, make_client: Any, query: str, status: int
+) -> None:
+    client = await make_client(make_settings(database_url, worker_enabled=False))
+    ok(await client.post("/v1/libraries", json={"name": "shelf"}), 201)
+    response = await client.post(f"{SHELF}/documents?{query}", json={"text": "x"})
+    assert response.status_code == status, response.text
+    if status == 400:
+        assert problem(response, 400, "validation_failed")["errors"][0]["path"] == "wait"
