@@ -195,9 +195,9 @@ def test_other_questions_find_their_modules_too(best):
 
 
 def printed(result, width=100):
-    console = Console(file=io.StringIO(), width=width)
-    demo.show(console, "how [bold]do I?", result, 12.345)
-    return console.file.getvalue()
+    output = io.StringIO()
+    demo.show(Console(file=output, width=width), "how [bold]do I?", result, 12.345)
+    return output.getvalue()
 
 
 def hit(**fields):

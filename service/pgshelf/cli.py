@@ -1,4 +1,4 @@
-"""The command line: `pgshelf serve | migrate | search | doctor | demo`."""
+"""The command line. Commands import what they need themselves, so that each starts quickly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from pgshelf import __version__, demo, doctor, embedded, logs, migrate
+from pgshelf import __version__, embedded, logs
 from pgshelf.settings import PREFIX, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from pgshelf_client import Client
 
 
 class Failure(click.ClickException):
@@ -63,6 +66,8 @@ def _database(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServer
 
 
 def _migrate(url: str, settings: Settings) -> None:
+    from pgshelf import migrate
+
     try:
         migrate.upgrade(url, vector_schema=settings.vector_schema)
     except migrate.MigrationError as error:
@@ -183,6 +188,8 @@ def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
 def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) -> None:
     """Bring the schema `pgshelf` of the database up to date."""
+    from pgshelf import migrate
+
     settings = _settings(data_dir=data_dir)
     if as_sql:
         click.echo(migrate.offline_sql(vector_schema=settings.vector_schema))
@@ -230,6 +237,8 @@ def search(library: str, query: str, k: int, url: str | None, as_json: bool) -> 
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
 def doctor_command(data_dir: Path | None) -> None:
     """Look at the database and the settings, and say what to do."""
+    from pgshelf import doctor
+
     settings = _settings(data_dir=data_dir)
     failed = False
     with _database(settings) as (url, _):
@@ -253,54 +262,53 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
     """Ingest the documentation of the Python standard library on this machine, and search it over HTTP."""
     from rich.console import Console
 
+    from pgshelf import demo
     from pgshelf_client import Client
 
-    console, settings = Console(highlight=False), _settings(port=port)
-    url, library = f"http://127.0.0.1:{settings.port}", "python-docs"
-    environment = {name: value for name, value in os.environ.items() if name != f"{PREFIX}DATABASE_URL"}
-    environment |= {
-        f"{PREFIX}DATA_DIR": str(data_dir.resolve()),
-        f"{PREFIX}API_PREFIX": "/v1",
-        f"{PREFIX}HOST": "127.0.0.1",
-    }
-    command = [sys.executable, "-m", "pgshelf.cli", "serve", "--port", str(settings.port)]
+    console, settings, library = Console(highlight=False), _settings(port=port), "python-docs"
+    url, sensible = f"http://127.0.0.1:{settings.port}", 0
     console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")
-    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own program
-    try:
-        _await(process, url)
-        with Client(url, timeout=60) as client:
-            console.print("[bold]2. ingest the documentation of the Python standard library[/bold]")
-            demo.fill(client, library, console)
-            console.print("[bold]3. ask, over HTTP[/bold]")
-            sensible = demo.ask(client, library, console)
-        console.print(
-            f"\n{sensible} of {len(demo.QUESTIONS)} questions have a sensible answer among their first three hits."
-        )
+    with _serving(settings.port, data_dir) as process, Client(url, timeout=60) as client:
+        _await(process, client)
+        console.print("[bold]2. ingest the documentation of the Python standard library[/bold]")
+        demo.fill(client, library, console)
+        console.print("[bold]3. ask, over HTTP[/bold]")
+        sensible = demo.ask(client, library, console)
+        answered = f"{sensible} of {len(demo.QUESTIONS)} questions"
+        console.print(f"\n{answered} have a sensible answer among their first three hits.")
         psql = embedded.EmbeddedServer(data_dir, settings.postgres_version, {}, 0).psql_command()
-        again = "while this serves; Ctrl-C ends it" if keep else "after: make demo KEEP=1"
-        console.print(f"[bold]4. go on[/bold] ({again})")
+        console.print(f"[bold]4. go on[/bold] ({'Ctrl-C ends it' if keep else 'after: make demo KEEP=1'})")
         console.print(demo.how_to_go_on(url, psql, library), markup=False, soft_wrap=True)
         if keep:
             process.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        process.terminate()
-        process.wait(60)
     if sensible < len(demo.QUESTIONS):
         raise Failure("some questions found nothing sensible")
 
 
-def _await(process: subprocess.Popen[bytes], url: str) -> None:
-    from pgshelf_client import Client, PgshelfError
+@contextlib.contextmanager
+def _serving(port: int, data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A `pgshelf serve` with the bundled PostgreSQL, whatever database the environment names."""
+    fixed = {"DATA_DIR": str(data_dir.resolve()), "API_PREFIX": "/v1", "HOST": "127.0.0.1", "LOG_LEVEL": "warning"}
+    environment = {**os.environ, **{PREFIX + name: value for name, value in fixed.items()}}
+    environment.pop(f"{PREFIX}DATABASE_URL", None)
+    command = [sys.executable, "-m", "pgshelf.cli", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own program
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _await(process: subprocess.Popen[bytes], client: Client) -> None:
+    from pgshelf_client import PgshelfError
 
     deadline = time.monotonic() + 60
-    with Client(url) as client:
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(PgshelfError):
-                client.ready()
-                return
-            time.sleep(0.1)
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(PgshelfError):
+            client.ready()
+            return
+        time.sleep(0.1)
     raise Failure("the service did not become ready; see above")
 
 

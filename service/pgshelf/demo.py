@@ -24,8 +24,8 @@ MAX_CHUNKS = 1000
 MAX_TEXT = 4000
 
 # A chunk is a name and the paragraphs that open its docstring: the first, and others up to this many characters. The
-# local embedder averages words, so parameters and examples blur what the opening says. Mean reciprocal rank of the first
-# right hit over 29 questions: 0.90 at 200, 0.87 at 0 and at 300, 0.82 at 500, 0.85 with whole docstrings.
+# local embedder averages words, so parameters and examples blur what the opening says. Mean reciprocal rank of the
+# first right hit over 29 questions: 0.90 at 200, 0.87 at 0 and at 300, 0.82 at 500, 0.85 with whole docstrings.
 OPENING = 200
 
 # What a person might ask, and the modules of which one should be among the first three hits.

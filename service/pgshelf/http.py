@@ -19,6 +19,7 @@ from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
+from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.errors import Problem, invalid, problem_of
@@ -130,8 +131,16 @@ class Answer(Response[T]):
         with stage("encode"):
             accepted = _media_type(request.headers.get("accept", ""))
             if self.media_type in (None, MediaType.JSON) and accepted in MSGPACK_TYPES:
-                self.media_type = MediaType.MESSAGEPACK
+                self.media_type = accepted
             return super().to_asgi_response(app, request, **options)
+
+    def render(self, content: Any, media_type: str, enc_hook: Any = default_serializer) -> bytes:
+        """The body; Litestar itself knows one name of MessagePack only."""
+        return (
+            encode_msgpack(content, enc_hook)
+            if media_type in MSGPACK_TYPES
+            else super().render(content, media_type, enc_hook)
+        )
 
 
 def render_problem(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemBody]:

@@ -112,6 +112,8 @@ def _command(call: Callable[[Config, str], None], url: str, revision: str, vecto
 
 
 def _said(error: BaseException) -> str:
+    while isinstance(error.__context__, psycopg.Error):
+        error = error.__context__  # what ended a connection says more than the rollback that did not find it
     if isinstance(error, (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)):
         return (
             f"the step that waited was rolled back: {error.diag.message_primary}. Another session holds what it needs; "
@@ -211,6 +213,8 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
 def _migrate(context: EnvironmentContext, connection: Connection) -> None:
     destination = _destination(context)
     if destination is not None:
+        if not set(destination) & set("+-"):  # relative ones depend on where the database is
+            context.script.get_revisions(destination)  # one that does not exist is refused before anything is made
         with connection.begin():
             _driver(connection).execute(_read("prepare.sql", context).encode())
     context.configure(connection=connection, **_options())

@@ -141,7 +141,7 @@ async def test_answers_in_msgpack(client: httpx2.AsyncClient) -> None:
         response = await client.post(
             SEARCH, json={"vector": [1, 0, 0], "include": ["embedding", "document"]}, headers={"Accept": accept}
         )
-        assert response.headers["content-type"] == "application/vnd.msgpack"
+        assert response.headers["content-type"] == "application/msgpack"
         hits = msgspec.msgpack.decode(response.content)["hits"]
         assert hits == await found(client, vector=[1, 0, 0], include=["embedding", "document"])
 
