@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import License, Tag
 from litestar.router import Router
 
-from pgshelf import __version__, chunks, database, documents, health, http, libraries, logs, search, worker
+from pgshelf import __version__, chunks, database, documents, health, http, libraries, logs, openapi, search, worker
 from pgshelf.embedders import embedder_for
 from pgshelf.settings import Settings
+
+PARENT = "_PGSHELF_PARENT"  # set by `pgshelf serve` to its process id
 
 TAGS = [
     Tag("libraries", "Documents that share an embedder, a dimension and a metric."),
@@ -65,7 +66,7 @@ def create_app(settings: Settings) -> Litestar:
             description="A vector document store that lives in PostgreSQL.",
             license=License("Apache-2.0", identifier="Apache-2.0"),
             path="/schema",
-            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+            render_plugins=[openapi.Reference(path=["/", "/openapi.json"])],
             tags=TAGS,
             use_handler_docstrings=True,
         ),
@@ -76,7 +77,8 @@ def create_app(settings: Settings) -> Litestar:
 
 def from_environment() -> Litestar:
     """The application of a serving process; `pgshelf serve` hands its settings down through the environment."""
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    if os.environ.get(PARENT) == str(os.getppid()):
+        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     settings = Settings.from_env(os.environ)
     logs.configure(settings.log_level)
     return create_app(settings)

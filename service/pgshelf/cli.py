@@ -89,6 +89,7 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
             _migrate(url, settings)
         click.echo(_banner(settings, server))
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
+        os.environ["_PGSHELF_PARENT"] = str(os.getpid())
         stop = threading.Event()
         if server is not None:
             threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()

@@ -44,7 +44,12 @@ After = Annotated[str | None, QueryParameter(max_length=500, description="The `n
 Wait = Annotated[bool, QueryParameter(description="false stores now and embeds later: 202 while chunks are pending.")]
 IfMatch = Annotated[
     str | None,
-    HeaderParameter(name="If-Match", max_length=100, description="The ETag that the document must still have."),
+    HeaderParameter(
+        name="If-Match",
+        max_length=100,
+        description='The ETag that the document must still have, such as "3".',
+        schema_extra={"pattern": r'^(\*|(W/)?"[0-9]{1,18}")$'},  # wanted_version says it better than a pattern can
+    ),
 ]
 
 
@@ -188,12 +193,21 @@ class Edge:
         if raw := scope.get("raw_path"):
             scope["path"] = raw.split(b"?")[0].decode("latin-1")
 
+        # HEAD is GET without the body; Litestar knows it only where a handler names it
+        head = scope["method"] == "HEAD"
+        if head:
+            scope["method"] = "GET"  # type: ignore[typeddict-item]  # its type knows the methods by an enum
+
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 out = MutableScopeHeaders.from_message(message)
+                if "GET" in out.get("allow", ""):
+                    out["allow"] += ", HEAD"
                 out["X-Request-Id"] = request_id
                 spent["total"] = (time.perf_counter() - started) * 1000
                 out["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
+            elif head and message["type"] == "http.response.body":
+                message["body"] = b""
             await send(message)
 
         await self.app(scope, receive, answer)
