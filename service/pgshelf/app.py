@@ -77,8 +77,8 @@ def create_app(settings: Settings) -> Litestar:
 
 def from_environment() -> Litestar:
     """The application of a serving process; `pgshelf serve` hands its settings down through the environment."""
-    if os.environ.get(PARENT) == str(os.getppid()):
-        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    if parent := os.environ.get(PARENT):
+        threading.Thread(target=_die_with, args=(int(parent),), daemon=True).start()
     settings = Settings.from_env(os.environ)
     logs.configure(settings.log_level)
     return create_app(settings)

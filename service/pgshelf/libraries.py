@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -251,7 +252,7 @@ def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[i
 def _name(name: str) -> str:
     if UUID_LIKE.fullmatch(name):
         raise invalid("name", "parses as a UUID, and those are ids; choose another name")
-    if name != name.strip(" ") or any(ord(character) < 32 or ord(character) == 127 for character in name):
+    if name != name.strip(" ") or any(unicodedata.category(character) == "Cc" for character in name):
         raise invalid("name", "must not begin or end with a space, nor hold control characters")
     return name
 

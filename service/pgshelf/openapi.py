@@ -9,7 +9,8 @@ from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.chunks import PatchChunk
-from pgshelf.documents import DocumentInput, PatchDocument
+from pgshelf.documents import PatchDocument
+from pgshelf.ingest import DocumentInput
 from pgshelf.libraries import CreateLibrary, PatchLibrary
 from pgshelf.search import SearchRequest
 
