@@ -43,7 +43,8 @@ declare
 begin
   if p_document is not null or p_version is not null then
     select d.id, d.version into document_id, v_have from pgshelf.documents d
-      where d.library_id = p_library and (d.id = p_document or (p_document is null and d.key = p_key)) for no key update;
+      where d.library_id = p_library and d.id = coalesce(p_document,
+        (select x.id from pgshelf.documents x where x.library_id = p_library and x.key = p_key)) for no key update;
     if not found and p_document is not null then
       raise 'there is no document % in this library', quote_literal(p_document) using errcode = 'PS002',
         hint = 'Ids are given by the server. To choose the name of a new document, use a key that is no UUID.';
@@ -130,6 +131,9 @@ declare
   v_have bigint;
 begin
   select d.version into v_have from pgshelf.documents d where d.id = v_id for update;
+  if not found then
+    raise 'the document was deleted meanwhile' using errcode = 'PS002';
+  end if;
   perform pgshelf.check_version(v_have, delete_document.version);
   delete from pgshelf.documents d where d.id = v_id;
 end $$;
@@ -144,6 +148,9 @@ declare
   v_have bigint;
 begin
   select d.version into v_have from pgshelf.documents d where d.id = v_id for no key update;
+  if not found then
+    raise 'the document was deleted meanwhile' using errcode = 'PS002';
+  end if;
   perform pgshelf.check_version(v_have, p_version);
   update pgshelf.documents d set version = d.version + 1, updated_at = now(),
     title = case when p_columns ? 'title' then p_columns ->> 'title' else d.title end,

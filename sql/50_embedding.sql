@@ -68,14 +68,15 @@ create or replace function pgshelf.fail_embeddings(
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
+  v_documents uuid[] := pgshelf.lock_documents_of(v_library, p_chunks);
 begin
-  perform pgshelf.lock_documents_of(v_library, p_chunks);
   execute format($sql$
     update pgshelf.chunks_s%s c set embed_error = $4,
       embed_after = case when x.wait is null then 'infinity' else now() + make_interval(secs => x.wait) end
     from unnest($1, $2, $3) x(id, hash, wait)
     where c.id = x.id and c.library_id = $5 and c.embedding is null and md5(c.text) = x.hash $sql$, v_library.shelf)
     using p_chunks, p_hashes, p_waits, p_error, p_library;
+  perform pgshelf.documents_written(v_library, v_documents);
 end $$;
 
 -- The texts of a document (by id or key) that have a vector already: writing them again need not embed them.

@@ -14,3 +14,5 @@ comment on function pgshelf.put_document(text, text, text, text[], jsonb, @vecto
   'Inserts or replaces the document of a key in the caller''s transaction; the worker embeds chunks that bring no vector. Returns its id.';
 comment on function pgshelf.delete_document(text, text, bigint) is
   'Deletes a document, named by its key or its id, with its chunks; a given version must be the current one.';
+comment on function pgshelf.library_stats(uuid) is
+  'Numbers of the library of an id; libraries_overview shows them for all. Bytes are those of its rows, without indexes.';
