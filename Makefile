@@ -8,7 +8,7 @@ COVERAGE ?= $(if $(ARGS),0,97)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test check bench
+.PHONY: help demo serve test check bench soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,10 @@ check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 
 bench: .venv/dev.stamp ## run every file in benchmarks/ and print its figures
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
+
+soak: .venv/dev.stamp ## kill the service and its PostgreSQL fifty times while clients write: --kills, --seed, --minutes
+	@echo "== kills -9 during ingestion, for at most a quarter of an hour"
+	@$(PY) -m tests.soak $(ARGS)
 
 .venv/runtime.stamp: $(PROJECT_FILES)
 	@$(FIND_PYTHON)

@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--postgres-version", type=int, choices=(16, 17, 18), default=int(version))
     schema = os.environ.get("PGSHELF_TEST_VECTOR_SCHEMA", "public")
     group.addoption("--vector-schema", default=schema, help="where pgvector is installed: public, extensions ...")
+    group.addoption("--soak-minutes", type=float, default=0, help="how long schemathesis runs; 0: seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,15 +20,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 import httpx2
-import psutil  # type: ignore[import-untyped]  # it ships no types
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
 import pgshelf
-from pgshelf import embedded, migrate
+from pgshelf import cli, embedded, migrate
 from pgshelf.cli import main
 from tests.postgres import Server, on_database
+from tests.soak.crash import ended, workers_of
 
 bundled = pytest.mark.xdist_group("bundled")  # one data directory, used by one test after the other
 Run = Callable[..., Result]
@@ -263,6 +264,23 @@ def test_commands_say_why_the_bundled_server_does_not_start(run: Run, tmp_path: 
     assert "was made by PostgreSQL 15" in result.stderr
 
 
+def test_the_bundled_server_is_watched_through_failures(caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+
+    class Failing:
+        asked = 0
+
+        def ensure_running(self) -> None:
+            self.asked += 1
+            if self.asked == 2:
+                stop.set()
+            raise embedded.EmbeddedError("the disk is full")
+
+    watched = Failing()
+    cli._keep_running(watched, stop)  # type: ignore[arg-type]  # all that is asked of a server
+    assert (watched.asked, caplog.messages) == (2, ["the disk is full"] * 2)
+
+
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(main, ["--help"])
     for name in main.list_commands(click.Context(main)):
@@ -320,29 +338,25 @@ def answer_of(ask: Callable[[], httpx2.Response], seconds: float = 30) -> httpx2
             time.sleep(0.05)
 
 
-def workers_of(server: Any) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(server.process.pid).children() if "pgshelf" in " ".join(child.cmdline())
-    ]
-
-
 def test_reload_serves_changed_code(database_url: str, make_live_server: Any) -> None:
     server = make_live_server(database_url, "--reload")
-    [before] = workers_of(server)
+    [before] = workers_of(server.process.pid)
     os.utime(Path(pgshelf.__file__))
-    psutil.wait_procs([before], timeout=20)
+    assert ended([before], 20)
     server.wait_until_ready()
-    [after] = workers_of(server)
+    [after] = workers_of(server.process.pid)
     assert after.pid != before.pid
     assert server.stop() == 0
 
 
 def test_a_killed_worker_is_replaced(database_url: str, make_live_server: Any) -> None:
     server = make_live_server(database_url, "--workers", "2")
-    victim, other = workers_of(server)
+    victim, other = workers_of(server.process.pid)
     victim.kill()
     deadline = time.monotonic() + 20
-    while {each.pid for each in workers_of(server)} <= {victim.pid, other.pid} or len(workers_of(server)) < 2:
+    while {each.pid for each in workers_of(server.process.pid)} <= {victim.pid, other.pid} or len(
+        workers_of(server.process.pid)
+    ) < 2:
         assert time.monotonic() < deadline, server.output
         time.sleep(0.05)
     server.wait_until_ready()
@@ -448,11 +462,10 @@ def test_a_signal_ends_it_cleanly_while_it_works(
 def test_a_killed_parent_leaves_a_way_to_start_again(serve: Serve, postmaster: Callable[[], int | None]) -> None:
     server = serve("--workers", "2")
     write(server, "before")
-    workers = workers_of(server)
+    workers = workers_of(server.process.pid)
     assert len(workers) == 2
     server.process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=2)
-    assert alive == [], "workers outlive their parent and hold the port"
+    assert ended(workers, 2), "workers outlive their parent and hold the port"
     assert postmaster() is not None, "nobody was left to stop it"
 
     again = serve(port=server.port)

@@ -556,16 +556,15 @@ def test_pgvector_in_another_schema(cluster: Cluster, schema: str) -> None:
     assert everything(url) == before
 
 
-def test_pgvector_is_installed_where_it_is_wanted(cluster: Cluster, command: Callable[..., Any]) -> None:
+def test_pgvector_is_installed_where_it_is_wanted(cluster: Cluster) -> None:
     url = cluster.database(vector=None)
+    before = everything(url)
+    with pytest.raises(migrate.MigrationError, match='schema "My Ext" does not exist'):
+        migrate.upgrade(url, vector_schema="My Ext")
+    assert everything(url) == before
     execute(url, 'create schema "My Ext"')
-    assert command(url, "pgshelf", "migrate", vector="My Ext").returncode == 0
+    migrate.upgrade(url, vector_schema="My Ext")
     assert one(url, "select extnamespace::regnamespace::text from pg_extension where extname = 'vector'") == '"My Ext"'
-    other = cluster.database(vector=None)
-    before = everything(other)
-    done = command(other, "pgshelf", "migrate", vector="nowhere")
-    assert (done.returncode, 'schema "nowhere" does not exist' in done.stderr) == (1, True)
-    assert everything(other) == before
 
 
 def test_pgvector_inside_our_schema_is_refused(cluster: Cluster) -> None:

@@ -126,7 +126,8 @@ def waiting(db: Connection) -> list[tuple[Any, ...]]:
     """What analysts see: text, attempts, error, seconds to the next attempt, failed."""
     return db.execute(
         """select c.text, p.attempts, p.error, extract(epoch from p.next_attempt_at - now())::float8, p.failed
-        from pgshelf.pending_embeddings p join pgshelf.chunks_view c on c.id = p.chunk_id order by c.document_key, c.ordinal"""
+        from pgshelf.pending_embeddings p join pgshelf.chunks_view c on c.id = p.chunk_id
+        order by c.document_key, c.ordinal"""
     ).fetchall()
 
 
@@ -288,6 +289,21 @@ async def test_a_provider_says_when_to_come_back(
     assert errors == [(None,)], "the reason outlives the success"
 
 
+async def test_a_provider_that_is_away_for_long_costs_no_chunk(
+    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["one"])
+    for _ in range(quiet.worker_attempts + 2):
+        fake.errors = [EmbedderUnavailable("away", 5)]
+        assert await worker.reconcile(engine, quiet)
+        [(_, _, error, _, failed)] = waiting(db)
+        assert (error, failed) == ("away", False)
+        due(db)
+    await worker.reconcile(engine, quiet)
+    assert statuses(db) == {"one": "ready"}
+
+
 async def test_a_new_chunk_is_not_given_up_for_its_neighbours_attempts(
     db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
 ) -> None:
@@ -418,7 +434,7 @@ async def test_a_vector_that_came_meanwhile_is_kept(
     make_library(db)
     document = put(db, "a", ["one"])
     change = "update pgshelf.chunks set embedding = '[0,0,0,1]' where document_id = %s"
-    await during_embedding(engine, quiet, fake, lambda: db.execute(change, [document]))  # type: ignore[arg-type]  # a constant
+    await during_embedding(engine, quiet, fake, lambda: db.execute(change, [document]))
     assert vectors(db) == {"one": [0, 0, 0, 1]}
 
 
@@ -529,7 +545,12 @@ async def test_a_reaping_that_a_reference_blocks_stops_neither_embedding_nor_oth
 
 
 async def test_the_reconciler_outlives_the_loss_of_its_database(
-    db: Connection, database_url: str, postgres: Any, make_settings: Callable[..., Settings], make_client: Any, fake: Fake
+    db: Connection,
+    database_url: str,
+    postgres: Any,
+    make_settings: Callable[..., Settings],
+    make_client: Any,
+    fake: Fake,
 ) -> None:
     make_library(db)
     client: httpx2.AsyncClient = await make_client(make_settings(database_url, worker_interval=0.05, connect_timeout=2))

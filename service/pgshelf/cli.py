@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def _migrate(url: str, settings: Settings) -> None:
 def serve(host: str | None, port: int | None, data_dir: Path | None, workers: int | None, reload: bool) -> None:
     """Serve the REST API."""
     settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers)
-    _check_address(settings)
+    address = _check_address(settings)
     with _database(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
             _migrate(url, settings)
@@ -94,21 +95,23 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         if server is not None:
             threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()
         try:
-            _serve(settings, reload)
+            _serve(settings, address, reload)
         finally:
             stop.set()
 
 
-def _serve(settings: Settings, reload: bool) -> None:
+def _serve(settings: Settings, address: str, reload: bool) -> None:
     from granian import Granian
     from granian.constants import Interfaces
     from granian.log import LogLevels
 
+    # a worker that is told to stop before it has handlers of its own would swallow that in a copy of its parent's
+    os.register_at_fork(after_in_child=_default_signals)
     Granian(
         "pgshelf.app:from_environment",
         factory=True,
         interface=Interfaces.ASGI,
-        address=settings.host,
+        address=address,
         port=settings.port,
         workers=settings.workers,
         respawn_failed_workers=True,
@@ -120,6 +123,11 @@ def _serve(settings: Settings, reload: bool) -> None:
         reload_paths=[Path(__file__).parent] if reload else None,
         process_name="pgshelf" if _has("setproctitle") else None,
     ).serve()
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _has(module: str) -> bool:
@@ -143,20 +151,21 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {PREFIX + name.upper(): str(value) for name, value in values.items() if value is not None}
 
 
-def _check_address(settings: Settings) -> None:
+def _check_address(settings: Settings) -> str:
+    """The IP address to listen on, which is free and which nobody reaches by mistake."""
     if not _is_loopback(settings.host) and not settings.allow_unauthenticated:
         raise Failure(
             f"{settings.host} can be reached from other machines, and this version has no authentication. Listen on "
             "127.0.0.1, or set PGSHELF_ALLOW_UNAUTHENTICATED=true where something in front of pgshelf authenticates."
         )
-    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise Failure(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port."
-            ) from None
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise Failure(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port.") from None
+    return str(where[0])
 
 
 def _is_loopback(host: str) -> bool:

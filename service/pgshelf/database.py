@@ -49,7 +49,9 @@ def migration_engine(url: str) -> sqlalchemy.Engine:
 
 def connect(url: str, name: str) -> psycopg.Connection[Any]:
     """A plain connection for commands that ask the server something; autocommit."""
-    return psycopg.connect(dsn(url, application_name=f"pgshelf {name}", connect_timeout=5), autocommit=True)
+    # the encoding is named lest a database that has none hand out bytes
+    target = dsn(url, application_name=f"pgshelf {name}", connect_timeout=5, client_encoding="UTF8")
+    return psycopg.connect(target, autocommit=True)
 
 
 def make_engine(settings: Settings, url: str) -> AsyncEngine:

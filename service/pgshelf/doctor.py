@@ -27,15 +27,19 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
     try:
         connection = database.connect(url, "doctor")
     except psycopg.Error as error:
-        yield Finding("fail", f"the database cannot be reached: {str(error).strip()}. Check PGSHELF_DATABASE_URL.")
+        yield Finding("fail", f"the database cannot be reached: {_line(error)}. Check PGSHELF_DATABASE_URL.")
         return
     with connection:
         for look in (_server, _extension, _schema, _roles, _indexes, _pending, _parameters):
             try:
                 yield from look(connection)
             except psycopg.Error as error:
-                yield Finding("fail", f"{look.__name__.strip('_')}: {str(error).strip()}")
+                yield Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")
     yield from _connections(settings)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _one(connection: Connection, statement: str, *parameters: Any) -> tuple[Any, ...] | None:

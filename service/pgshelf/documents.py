@@ -121,6 +121,7 @@ async def put_document(
     if document_id is None:
         if data.key not in (None, document):
             raise invalid("key", "differs from the key in the address; leave it out")
+        limits.bounded_text(document, 512, "key")  # by a constraint of the table
         data.key = document
     return await _write(engine, settings, library, document_id, data, wanted_version(if_match), wait)
 

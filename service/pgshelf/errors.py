@@ -141,8 +141,10 @@ def problem_of(error: Exception) -> Problem:
         return Problem("invalid_json", f"The body could not be decoded: {error}. Send JSON or MessagePack.")
     if isinstance(error, HTTPException):
         return _of_litestar(error)
-    if isinstance(error, (UnicodeError, RecursionError)):
-        return Problem("invalid_text" if isinstance(error, UnicodeError) else "invalid_json", SILENT["invalid_text"])
+    if isinstance(error, RecursionError):
+        return Problem("invalid_json", "The body is nested too deeply to be read. Send a flatter one.")
+    if isinstance(error, UnicodeError):
+        return Problem("invalid_text", SILENT["invalid_text"])
     return Problem("internal_error", SILENT["internal_error"])
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document at /schema: Litestar's, with msgspec's exact schemas of what may be sent, and examples that work."""
+"""The OpenAPI document at /schema: Litestar's, with exact schemas of what may be sent, and examples that work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.chunks import PatchChunk
 from pgshelf.documents import PatchDocument
+from pgshelf.errors import CODES
 from pgshelf.ingest import DocumentInput
 from pgshelf.libraries import CreateLibrary, PatchLibrary
 from pgshelf.search import SearchRequest
@@ -39,12 +40,13 @@ class Reference(JsonRenderPlugin):
 
 
 def completed(document: dict[str, Any]) -> dict[str, Any]:
-    """Put in what Litestar's own schemas leave out: unknown fields are refused, bounds of zero, examples."""
+    """Put in what Litestar's own schemas leave out: unknown fields are refused, bounds of zero, examples, codes."""
     schemas = document["components"]["schemas"]
     _, exact = msgspec.json.schema_components(list(BODIES), ref_template="#/components/schemas/{name}")
     schemas.update(exact)
     for body, example in BODIES.items():
         schemas[body.__name__]["examples"] = [example]
+    schemas["ProblemBody"]["properties"]["code"] = {"type": "string", "enum": sorted(CODES)}
     operations = [item for methods in document["paths"].values() for item in methods.values()]
     for operation in operations:
         for parameter in operation.get("parameters", []):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -104,6 +105,9 @@ def _check(data: SearchRequest, settings: Settings) -> None:
         raise invalid("query", "give either query or vector")
     if data.query is not None:
         limits.required_text(data.query, settings.max_query_length, "query")
+    for name in ("max_distance", "min_score"):  # MessagePack can say NaN and infinity
+        if (bound := getattr(data, name)) is not None and not math.isfinite(bound):
+            raise invalid(name, "must be a finite number")
     if data.k > settings.max_k:
         raise invalid("k", f"is {data.k}, at most {settings.max_k} is allowed")
     if data.offset > settings.max_offset:

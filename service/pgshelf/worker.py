@@ -25,6 +25,7 @@ CLAIM = "select library_id, embedder, chunk_id, text, attempts from pgshelf.clai
 # a wait of null gives the chunk up
 FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, %s, %s::float8[])"
 EXPECTED = (Problem, psycopg.Error)  # the database is away, busy or refuses: the message says enough
+MAX_PAUSE = 10.0  # seconds between two rounds while they fail
 Claimed = tuple[Any, ...]  # a row of CLAIM
 
 
@@ -77,9 +78,12 @@ async def _fail(
     final: bool = False,
     wait: float | None = None,
 ) -> None:
-    """Put the reason on the chunks: try again later, with a growing and jittered wait, or give up."""
+    """Put the reason on the chunks: try again later, with a growing and jittered wait, or give up.
+
+    A provider that says when to come back (`wait`) is away, not refusing: chunks are never given up for that.
+    """
     log.warning("embedding %d chunks failed: %s", len(chunks), error)
-    waits = [None if final or row[4] >= settings.worker_attempts else wait or _backoff(row[4]) for row in chunks]
+    waits = [wait or (None if final or row[4] >= settings.worker_attempts else _backoff(row[4])) for row in chunks]
     hashes = [text_hash(row[3]) for row in chunks]
     await database.run(engine, FAIL, library, [row[2] for row in chunks], hashes, error[:2000], waits)
 
@@ -93,24 +97,29 @@ async def reap(engine: AsyncEngine, _: Settings) -> int:
     return int((await database.run(engine, "select pgshelf.reap_deleted()"))[0][0])
 
 
-async def reconcile(engine: AsyncEngine, settings: Settings) -> bool:
-    """One round of everything; tells whether there was something to do."""
-    busy = False
+async def reconcile(engine: AsyncEngine, settings: Settings) -> bool | None:
+    """One round of everything. Was there something to do? None: a step failed, which keeps no other from running."""
+    busy, failed = False, False
     for step in (embed_pending, reap):
         try:
             busy = bool(await step(engine, settings)) or busy
         except Exception as error:
             # whatever it was, the rows still say what is wanted: the next round meets them again
             log.warning("reconciling failed, trying again: %s", error, exc_info=not isinstance(error, EXPECTED))
-            busy = False
-    return busy
+            failed = True
+    return None if failed else busy
 
 
 async def _forever(engine: AsyncEngine, settings: Settings) -> None:
+    pause = settings.worker_interval
     while True:
-        if not await reconcile(engine, settings):
-            # jitter keeps several processes from asking in step
-            await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+        busy = await reconcile(engine, settings)
+        if busy:
+            continue
+        # a database that is away is not asked, nor complained about, twice a second
+        pause = min(pause * 2, MAX_PAUSE) if busy is None else settings.worker_interval
+        # jitter keeps several processes from asking in step
+        await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
 
 @contextlib.asynccontextmanager

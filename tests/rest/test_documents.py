@@ -13,7 +13,7 @@ from tests.rest.asking import at, chunks, document, library, local, ok, pages, p
 
 DOCUMENTS = at("libraries", "shelf", "documents")
 KEYS = [
-    "guide/vacuum", "/", "//", "a/../b", "...", "100%", "%2F", "%", "a b", " edge ", "ключ", "文書", "\U0001f4da", "é",  # noqa: RUF001 - keys of other scripts
+    "guide/vacuum", "/", "//", "a/../b", "...", "100%", "%2F", "%", "a b", " edge ", "ключ", "文書", "\U0001f4da", "é",
     "a?b=c&d#e", "a+b", "x" * 512, "\U0001f4da" * 512, "a\tb\nc", "'; --", "chunks", "null", "0",
 ]  # fmt: skip
 
@@ -226,11 +226,13 @@ async def test_paging_while_others_write_misses_and_repeats_nothing(client: http
 async def test_without_waiting_the_worker_makes_it_ready(client: httpx2.AsyncClient) -> None:
     await local(client)
     body = {"key": "k", "text": "VACUUM reclaims storage."}
-    for send in (client.post(DOCUMENTS, params={"wait": "false"}, json=body), client.put(f"{DOCUMENTS}/p?wait=false", json={"text": "x"})):  # fmt: skip
-        response = await send
+    for method, path in (("POST", DOCUMENTS), ("PUT", f"{DOCUMENTS}/k%2F2")):
+        response = await client.request(
+            method, path, params={"wait": "false"}, json=body if method == "POST" else {"text": "x"}
+        )
         made = ok(response, 202)
         assert made["status"] == "pending" and made["chunks"] == {"total": 1, "pending": 1, "failed": 0}
-        assert response.headers["etag"] == '"1"'
+        assert response.headers["etag"] == f'"{made["version"]}"'
         path = response.headers["location"]
 
         async def ready(path: str = path) -> bool:
@@ -302,3 +304,35 @@ async def test_a_write_of_a_document_answers_itself_with_its_own_state(client: h
     for path in (DOCUMENTS, at("libraries", ok(await client.get(at("libraries", "shelf")))["id"], "documents")):
         response = await client.post(path, json={"key": "k", "chunks": [{"text": "x", "embedding": [1, 0, 0]}]})
         assert response.json() == ok(await client.get(response.headers["location"]))
+
+
+async def test_metadata_has_a_size_however_many_patches_it_comes_in(
+    database_url: str, make_settings: Any, make_client: Any
+) -> None:
+    client = await make_client(make_settings(database_url, max_metadata_bytes=200))
+    await library(client)
+    await document(client, "k")
+    (chunk,) = await chunks(client, "k")
+    for parts in ((), ("documents", "k"), ("chunks", chunk["id"])):
+        path = at("libraries", "shelf", *parts)
+        for number in range(3):
+            ok(await client.patch(path, json={"metadata": {str(number): "x" * 50}}))
+        before = ok(await client.get(path))
+        body = problem(await client.patch(path, json={"metadata": {"3": "x" * 50}}), 400, "validation_failed")
+        assert "at most 200" in body["detail"]
+        assert ok(await client.get(path)) == before
+        ok(await client.patch(path, json={"metadata": {"0": None, "3": "x" * 50}}))
+
+
+async def test_a_long_text_keeps_nobody_else_waiting(client: httpx2.AsyncClient) -> None:
+    await local(client, chunking={"size": 20_000})
+    text = "Storage is reclaimed by vacuum, word after word. " * 30_000
+    writing = asyncio.create_task(client.post(DOCUMENTS, json={"key": "k", "text": text}, timeout=60))
+    longest = 0.0
+    while not writing.done():
+        started = asyncio.get_running_loop().time()
+        ok(await client.get("/health"))
+        await asyncio.sleep(0.01)
+        longest = max(longest, asyncio.get_running_loop().time() - started)
+    assert ok(writing.result(), 201)["chunks"]["total"] > 50
+    assert longest < 1

@@ -62,7 +62,20 @@ async def test_the_default_embedder_is_a_setting(database_url: str, make_setting
 
 @pytest.mark.parametrize(
     "name",
-    ["a/b", "50%", "%2F", "with space", "Größe", "图书馆", "\U0001f4da", "a?b#c", "...", "a+b&c=d", "'; drop table--", "x" * 128],
+    [
+        "a/b",
+        "50%",
+        "%2F",
+        "with space",
+        "Größe",
+        "图书馆",
+        "\U0001f4da",
+        "a?b#c",
+        "...",
+        "a+b&c=d",
+        "'; drop table--",
+        "x" * 128,
+    ],
 )
 async def test_a_library_is_found_by_name_and_by_id(client: httpx2.AsyncClient, name: str) -> None:
     made = await library(client, name)
@@ -74,9 +87,7 @@ async def test_a_library_is_found_by_name_and_by_id(client: httpx2.AsyncClient, 
 
 async def test_a_name_exists_once(client: httpx2.AsyncClient) -> None:
     await library(client, "one")
-    body = problem(
-        await client.post("/v1/libraries", json={"name": "one", "dimension": 64}), 409, "library_exists"
-    )
+    body = problem(await client.post("/v1/libraries", json={"name": "one", "dimension": 64}), 409, "library_exists")
     assert body["sqlstate"] == "23505" and "another name" in body["detail"]
     await library(client, "One")  # names keep their case
 

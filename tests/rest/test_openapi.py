@@ -1,0 +1,106 @@
+"""The OpenAPI document at /schema: complete, and its examples work as they stand."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+
+from pgshelf.errors import CODES
+from tests.rest.asking import chunks, ok
+
+ORDER = [  # each needs what those before it made
+    "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "listDocuments",
+    "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk", "search", "libraryStats", "updateLibrary",
+    "deleteChunk", "deleteDocument", "deleteLibrary",
+]  # fmt: skip
+
+
+async def document(client: httpx2.AsyncClient) -> dict[str, Any]:
+    found: dict[str, Any] = ok(await client.get("/schema"))
+    return found
+
+
+def operations(document: dict[str, Any]) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    found = [(path, method, item) for path, methods in document["paths"].items() for method, item in methods.items()]
+    by_id = {item["operationId"]: (path, method, item) for path, method, item in found}
+    assert len(by_id) == len(found)
+    return by_id
+
+
+def example(document: dict[str, Any], operation: dict[str, Any]) -> Any:
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    return document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["examples"][0]
+
+
+async def test_every_operation_says_what_it_does(client: httpx2.AsyncClient) -> None:
+    found = operations(await document(client))
+    assert set(found) == set(ORDER)
+    for path, method, item in found.values():
+        assert item["summary"] and item["description"] and item["tags"], (path, method)
+        for parameter in item.get("parameters", []):
+            assert parameter["description"], (path, method, parameter)
+            assert parameter["in"] != "path" or parameter["example"]
+
+
+async def test_examples_work_as_they_stand(client: httpx2.AsyncClient, database_url: str) -> None:
+    described = await document(client)
+    found = operations(described)
+    chunk = ""
+    for name in ORDER:
+        path, method, item = found[name]
+        for parameter in item.get("parameters", []):
+            if parameter["in"] == "path":
+                value = chunk if parameter["name"] == "chunk" else parameter["example"]
+                path = path.replace("{" + parameter["name"] + "}", quote(value, safe=""))
+        body = example(described, item) if "requestBody" in item else None
+        response = await client.request(method.upper(), path, json=body)
+        assert response.is_success, (name, response.text)
+        assert str(response.status_code) in item["responses"], name
+        if name == "listChunks":
+            chunk = response.json()["items"][0]["id"]
+        if name == "search":
+            assert response.json()["hits"]
+
+
+async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
+    schemas = (await document(client))["components"]["schemas"]
+    for name in ("CreateLibrary", "PatchLibrary", "DocumentInput", "ChunkInput", "PatchDocument", "PatchChunk"):
+        assert schemas[name]["additionalProperties"] is False, name
+    search = schemas["SearchRequest"]
+    assert search["additionalProperties"] is False
+    assert search["properties"]["offset"]["minimum"] == 0 and search["properties"]["k"]["minimum"] == 1
+
+
+async def test_every_problem_is_documented(client: httpx2.AsyncClient) -> None:
+    described = await document(client)
+    statuses = set()
+    for path, _, item in operations(described).values():
+        for status, response in item["responses"].items():
+            if int(status) >= 400:
+                statuses.add(int(status))
+                assert list(response["content"]) == ["application/problem+json"], path
+                assert response["content"]["application/problem+json"]["schema"]["$ref"].endswith("/ProblemBody")
+        if path.startswith("/v1"):
+            assert {"400", "500", "503", "504"} <= set(item["responses"])
+    # 405 belongs to no operation: it is the answer to those that are not there
+    assert statuses == {status for status, _ in CODES.values()} - {405}
+    assert described["components"]["schemas"]["ProblemBody"]["properties"]["code"]["enum"] == sorted(CODES)
+
+
+async def test_the_document_is_about_this_server(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, api_prefix=""))
+    described = await document(client)
+    assert described["openapi"].startswith("3.1") and "/libraries" in described["paths"]
+    assert described == ok(await client.get("/schema/openapi.json"))
+
+
+async def test_the_written_chunks_are_searchable(client: httpx2.AsyncClient) -> None:
+    """The example of a document has passages."""
+    described = await document(client)
+    found = operations(described)
+    ok(await client.post("/v1/libraries", json={"name": "shelf"}), 201)
+    body = example(described, found["addDocument"][2]) | {"key": "k"}
+    ok(await client.post("/v1/libraries/shelf/documents", json=body), 201)
+    assert await chunks(client, "k")

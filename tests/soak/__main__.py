@@ -1,0 +1,43 @@
+"""`make soak`: fifty kills -9, with their seed; `make soak ARGS="--kills 10 --seed 7"`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from collections import Counter
+
+from tests.soak.crash import KINDS, Ingestion, service
+
+
+async def soak(kills: int, seed: int, version: int, minutes: float) -> None:
+    print(f"seed {seed}: {kills} kills -9 during ingestion, PostgreSQL {version} with fsync on", flush=True)
+    rng, done, started = random.Random(seed), Counter[str](), time.monotonic()
+    with service(version) as target:
+        ingestion = Ingestion(target, seed)
+        await ingestion.start()
+        for number in range(1, kills + 1):
+            if time.monotonic() - started > minutes * 60:
+                raise SystemExit(f"seed {seed}: only {number - 1} of {kills} kills within {minutes:g} minutes")
+            kind = rng.choice(KINDS)
+            begun = time.monotonic()
+            await ingestion.cycle(kind)
+            done[kind] += 1
+            print(f"{number:3} {kind:<10} {time.monotonic() - begun:5.1f} s", flush=True)
+        print(f"seed {seed}: nothing lost and nothing in part after {done.total()} kills -9: {dict(done)}")
+        print(f"{ingestion.figures()}\n{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
+    parser.add_argument("--minutes", type=float, default=15, help="fail when it takes longer")
+    options = parser.parse_args()
+    asyncio.run(soak(options.kills, options.seed, options.version, options.minutes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Settings: read from the environment, refused by name, shown without secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pgshelf.cli import main
+from pgshelf.settings import Settings, SettingsError, masked
+
+# One good value for each setting, as text, what it becomes, and one that is refused.
+VALUES: dict[str, tuple[str, Any, str | None]] = {
+    "database_url": ("postgresql://u:secret@h/d", "postgresql://u:secret@h/d", None),
+    "data_dir": ("/some/where", Path("/some/where"), None),
+    "postgres_version": ("16", 16, "17"),
+    "auto_migrate": ("true", True, "maybe"),
+    "vector_schema": ("extensions", "extensions", "x" * 64),
+    "host": ("::1", "::1", None),
+    "port": ("9000", 9000, "65536"),
+    "allow_unauthenticated": ("true", True, "2"),
+    "workers": ("3", 3, "0"),
+    "api_prefix": ("/api/v2", "/api/v2", "v1/"),
+    "embedder": ("none", "none", "openai"),
+    "chunk_size": ("500", 500, "49"),
+    "chunk_overlap": ("100", 100, "-1"),
+    "pool_size": ("5", 5, "0"),
+    "pool_timeout": ("2.5", 2.5, "0"),
+    "connect_timeout": ("9", 9, "1"),
+    "statement_timeout": ("60", 60.0, "-1"),
+    "lock_timeout": ("0.5", 0.5, "soon"),
+    "worker_enabled": ("false", False, "off?"),
+    "worker_interval": ("1", 1.0, "0"),
+    "worker_lease": ("30", 30.0, "0"),
+    "worker_attempts": ("3", 3, "0"),
+    "embed_batch": ("16", 16, "0"),
+    "log_level": ("debug", "debug", "loud"),
+    "max_k": ("50", 50, "0"),
+    "max_offset": ("0", 0, "-1"),
+    "max_page": ("10", 10, "10001"),
+    "max_metadata_depth": ("3", 3, "101"),
+    "max_body_bytes": ("2048", 2048, "1"),
+    "max_metadata_bytes": ("100", 100, "1"),
+}
+VALUES |= {
+    name: ("7", 7, "0")
+    for name in ("max_title_length", "max_query_length", "max_text_length", "max_chunk_length", "max_chunks")
+}
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert set(VALUES) == set(Settings.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_setting_is_read(name: str) -> None:
+    text, value, _ = VALUES[name]
+    settings = Settings.from_env({f"PGSHELF_{name.upper()}": text})
+    assert getattr(settings, name) == value
+    default = Settings()
+    assert {field for field in VALUES if getattr(settings, field) != getattr(default, field)} == {name}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, wrong) in VALUES.items() if wrong is not None])
+def test_a_wrong_value_is_refused_by_the_name_of_its_variable(name: str) -> None:
+    wrong = VALUES[name][2]
+    assert wrong is not None
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env({f"PGSHELF_{name.upper()}": wrong})
+    if name != "postgres_version":  # 17 is between 16 and 18; the rule is one of the whole
+        assert f"PGSHELF_{name.upper()}={wrong}" in str(refused.value)
+    else:
+        assert "18 or 16" in str(refused.value)
+
+
+def test_defaults() -> None:
+    settings = Settings.from_env({})
+    assert (settings.host, settings.port, settings.api_prefix) == ("127.0.0.1", 8432, "/v1")
+    assert (settings.database_url, settings.embedder, settings.postgres_version) == (None, "local", 18)
+    assert settings.workers >= 1 and not settings.allow_unauthenticated
+
+
+def test_empty_means_not_set_but_for_the_prefix() -> None:
+    empty = {f"PGSHELF_{name.upper()}": "" for name in VALUES}
+    settings = Settings.from_env(empty)
+    assert settings.api_prefix == ""
+    assert settings == Settings(api_prefix="")
+
+
+def test_unknown_variables_are_refused() -> None:
+    with pytest.raises(SettingsError, match="PGSHELF_PROT is not a setting"):
+        Settings.from_env({"PGSHELF_PROT": "1"})
+    Settings.from_env({"PGSHELF_TEST_DSN": "x", "OTHER": "y", "pgshelf_port": "x"})
+
+
+def test_rules_between_settings() -> None:
+    with pytest.raises(SettingsError, match="chunk_overlap must be smaller"):
+        Settings.from_env({"PGSHELF_CHUNK_SIZE": "100", "PGSHELF_CHUNK_OVERLAP": "100"})
+
+
+def test_the_command_line_wins_where_it_says_something() -> None:
+    environ = {"PGSHELF_PORT": "9000", "PGSHELF_HOST": "::1"}
+    assert Settings.from_env(environ, port=9001, host=None) == Settings(port=9001, host="::1")
+    with pytest.raises(SettingsError, match="port"):
+        Settings.from_env({}, port=0)
+
+
+def test_home_is_understood() -> None:
+    assert Settings.from_env({"PGSHELF_DATA_DIR": "~/shelf"}).data_dir == Path.home() / "shelf"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:secret@h:5432/d?sslmode=require", "postgresql://u:***@h:5432/d?sslmode=require"),
+        ("postgresql://u:se%40cret@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://u:sec@ret@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://h/d", "postgresql://h/d"),
+        ("postgresql://u@/d?host=/run", "postgresql://u:***@/d?host=/run"),
+        ("postgresql://h/d?user=u&password=secret", "***"),
+        ("postgresql://h/d?PASSWORD=secret", "***"),
+        ("host=h user=u password=secret", "***"),
+        ("postgresql://[secret", "***"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert masked(url) == shown
+    summary = Settings(database_url=url).summary()
+    assert summary["database_url"] == shown
+    assert not [text for text in summary.values() if "secret" in text]
+
+
+def test_an_error_about_a_url_does_not_show_its_password() -> None:
+    runner = CliRunner(env={"PGSHELF_DATABASE_URL": "postgresql://u:secret@h/d", "PGSHELF_PORT": "x"})
+    result = runner.invoke(main, ["serve"])
+    assert result.exit_code == 1 and "PGSHELF_PORT=x" in result.output and "secret" not in result.output
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104 - refused, that is the point
+def test_serving_others_needs_a_word(host: str) -> None:
+    runner = CliRunner(env={"PGSHELF_DATABASE_URL": "postgresql://nowhere.invalid/d"})
+    result = runner.invoke(main, ["serve", "--host", host])
+    assert result.exit_code == 1
+    assert host in result.output and "PGSHELF_ALLOW_UNAUTHENTICATED" in result.output
