@@ -6,6 +6,9 @@ PROJECT_FILES := pyproject.toml sdk/pyproject.toml
 # Judged in full runs only: with ARGS a run may cover a part on purpose.
 COVERAGE ?= $(if $(ARGS),0,97)
 
+# How long make soak sends what schemathesis makes up.
+MINUTES ?= 30
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo serve test check bench soak
@@ -41,9 +44,11 @@ check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 bench: .venv/dev.stamp ## run every file in benchmarks/ and print its figures
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
 
-soak: .venv/dev.stamp ## kill the service and its PostgreSQL fifty times while clients write: --kills, --seed, --minutes
-	@echo "== kills -9 during ingestion, for at most a quarter of an hour"
+soak: .venv/dev.stamp ## fifty kills -9 while clients write, then MINUTES=30 of schemathesis; seeds are printed
+	@echo "== kills -9 of the service and of PostgreSQL while clients write"
 	@$(PY) -m tests.soak $(ARGS)
+	@echo "== schemathesis against /schema, $(MINUTES) minutes"
+	@$(PY) -m pytest -n 0 -s tests/test_schemathesis.py --soak-minutes $(MINUTES)
 
 .venv/runtime.stamp: $(PROJECT_FILES)
 	@$(FIND_PYTHON)

@@ -1,7 +1,7 @@
 """Exact search over 10,000 chunks: over HTTP, through pgshelf.search, and by plain pgvector, side by side in one run.
 
-Also prints how long a restart over the same data takes to be ready. Vectors are random, 256 dimensions, cosine: an exact
-scan costs the same whatever they hold. Starts a PostgreSQL and a service of its own and takes about half a minute.
+Also prints how long a restart over the same data takes to be ready. Vectors are random, 256 dimensions, cosine: an
+exact scan costs the same whatever they hold. Starts a PostgreSQL and a service of its own; about half a minute.
 """
 
 from __future__ import annotations

@@ -1,10 +1,5 @@
 -- Finding a library, and the lock order that every writer of chunks follows.
 
--- Whether a text parses as a UUID: such a text is an id, never a name or a key.
-create or replace function pgshelf.is_id(p_text text) returns boolean
-  immutable parallel safe language sql
-  as $$ select p_text ~* '^([0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}|\{[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\})$' $$;
-
 -- The library of a name or an id; PS001 when there is none.
 create or replace function pgshelf.library_named(p_library text) returns pgshelf.libraries
   stable language plpgsql set search_path = pg_catalog, pg_temp

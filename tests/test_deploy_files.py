@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-TARGETS = {"help", "demo", "serve", "test", "check", "bench"}
+TARGETS = {"help", "demo", "serve", "test", "check", "bench", "soak"}
 
 
 def load(name: str) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def test_sql_is_applied_again_when_only_it_differs(cluster: Cluster) -> None:
         url,
         "drop view pgshelf.documents_view",
         "drop function pgshelf.delete_document",
-        "create or replace function pgshelf.is_id(p_text text) returns boolean language sql immutable as 'select true'",
+        "create or replace function pgshelf.score_expression(p_metric text) returns text language sql as 'select null'",
         "grant execute on function pgshelf.lock_library to public",
         "update pgshelf.installation set sql_hash = 'of an older version'",
     )

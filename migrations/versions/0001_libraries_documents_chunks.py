@@ -28,6 +28,13 @@ as $$
       (('x' || substr(md5(p_document::text), 1, 7))::bit(28)::int % p_fanout)::text else '' end), 1, 7))::bit(28)::int
 $$;
 
+-- what parses as a UUID is an id, never a name or a key; checks call it
+create function pgshelf.is_id(p_text text) returns boolean
+  immutable parallel safe language sql
+as $$
+  select p_text ~* '^([0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}|\\{[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\})$'
+$$;
+
 -- immutable by promise: a text search configuration is named, never taken from the session
 create function pgshelf.words(p_language text, p_text text) returns tsvector
   immutable parallel safe language sql
@@ -58,7 +65,7 @@ create table pgshelf.libraries (
   deleted_at timestamptz,
   constraint libraries_pkey primary key (id),
   constraint libraries_name_check check (char_length(name) between 1 and 128 and name !~ '[[:cntrl:]]'
-    and name = btrim(name) and name !~* '^\\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\}?$'),
+    and name = btrim(name) and not pgshelf.is_id(name)),
   constraint libraries_dimension_check check (dimension between 1 and 16000),
   constraint libraries_metric_check check (metric in ('cosine', 'l2', 'inner_product', 'l1')),
   constraint libraries_embedder_check check (jsonb_typeof(embedder) = 'object' and embedder ? 'provider'
@@ -90,7 +97,7 @@ create table pgshelf.documents (
   constraint documents_library_fk foreign key (library_id) references pgshelf.libraries (id),
   constraint documents_metadata_check check (jsonb_typeof(metadata) = 'object'),
   constraint documents_key_check check (char_length(key) between 1 and 512
-    and key !~* '^\\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\}?$')
+    and not pgshelf.is_id(key))
 );
 create index documents_order_idx on pgshelf.documents (library_id, created_at, id);
 create trigger documents_deleted after delete on pgshelf.documents
@@ -164,12 +171,12 @@ begin
   end loop;
   -- the tables need these three kinds: their triggers' functions and what their columns are computed from
   for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace
-    and p.prorettype <> 'trigger'::regtype and p.proname not in ('words', 'place_of') order by p.oid desc loop
+    and p.prorettype <> 'trigger'::regtype and p.proname not in ('words', 'place_of', 'is_id') order by p.oid desc loop
     execute 'drop routine ' || v_name;
   end loop;
   drop table pgshelf.move_log, pgshelf.chunks, pgshelf.documents, pgshelf.libraries;
   drop function pgshelf.chunk_written(), pgshelf.documents_deleted();
-  drop function pgshelf.words(text, text), pgshelf.place_of(uuid, uuid, int);
+  drop function pgshelf.words(text, text), pgshelf.place_of(uuid, uuid, int), pgshelf.is_id(text);
   -- what somebody else put into the schema would keep it from being dropped, when all of ours is gone already
   select string_agg(pg_describe_object(d.classid, d.objid, d.objsubid), ', ') into v_name from pg_depend d
     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = 'pgshelf'::regnamespace and d.deptype = 'n'

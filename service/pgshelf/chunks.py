@@ -26,6 +26,7 @@ from pgshelf.http import (
     Limit,
     Page,
     Wait,
+    as_id,
     page_size,
     problems,
 )
@@ -155,10 +156,10 @@ async def delete_chunk(library: LibraryName, chunk: ChunkId, engine: Engine) -> 
 
 
 def _id(chunk: str) -> UUID:
-    try:
-        return UUID(chunk)
-    except ValueError:
-        raise Problem("chunk_not_found", f"There is no chunk {chunk[:100]!r}: a chunk has a UUID.") from None
+    chunk_id = as_id(chunk)
+    if chunk_id is None:
+        raise Problem("chunk_not_found", f"There is no chunk {chunk[:100]!r}: a chunk has a UUID.")
+    return chunk_id
 
 
 def _chunk(row: tuple[Any, ...]) -> Chunk:

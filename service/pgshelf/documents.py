@@ -31,13 +31,14 @@ from pgshelf.http import (
     Limit,
     Page,
     Wait,
+    as_id,
     cursor,
     page_size,
     position,
     problems,
     wanted_version,
 )
-from pgshelf.ingest import WRITE, DocumentInput, Title, as_id, embed_pending, prepare
+from pgshelf.ingest import WRITE, DocumentInput, Title, embed_pending, prepare
 from pgshelf.settings import Settings
 
 

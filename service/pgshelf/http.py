@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pgshelf")
 T = TypeVar("T")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# What parses as a UUID, as pgshelf.is_id says it in SQL: such a text is an id, never a name or a key.
+ID = re.compile(
+    r"([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})|\{[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\}", re.I
+)
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
 Engine = NamedDependency[SkipValidation[AsyncEngine]]
@@ -248,6 +252,11 @@ def _check_content_type(scope: Any) -> None:
     header = dict(scope["headers"]).get(b"content-type", b"application/json").decode("latin-1")
     if _media_type(header) not in {"application/json", *MSGPACK_TYPES}:
         raise Problem("unsupported_media_type", f"Send application/json or application/msgpack, not {header[:100]!r}.")
+
+
+def as_id(text: str) -> uuid.UUID | None:
+    """The id that a text is, or None: then it is a name or a key."""
+    return uuid.UUID(text) if ID.fullmatch(text) else None
 
 
 def page_size(limit: int | None, settings: Settings) -> int:

@@ -17,6 +17,7 @@ from pgshelf import database, limits
 from pgshelf.chunking import split
 from pgshelf.embedding import LibraryConfig, embed, library_config, store
 from pgshelf.errors import invalid
+from pgshelf.http import as_id
 from pgshelf.settings import Settings
 
 Key = Annotated[str, Meta(min_length=1, max_length=512, examples=["guide/vacuum"])]
@@ -66,14 +67,6 @@ async def prepare(
         await _embed_new(engine, config, document_id, data.key, texts, vectors, paths)
     given = vectors if any(vector is not None for vector in vectors) else None
     return Prepared(config, (config.id, document_id, data.key, data.title, data.source, about, texts, given, metadata))
-
-
-def as_id(document: str) -> UUID | None:
-    """The id that a text is, or None: then it is a key."""
-    try:
-        return UUID(document)
-    except ValueError:
-        return None
 
 
 def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -18,11 +17,23 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from pgshelf import database, limits
 from pgshelf.embedders import PROVIDERS, embedder_for
 from pgshelf.errors import Problem, invalid
-from pgshelf.http import After, Answer, Config, Engine, LibraryName, Limit, Page, cursor, page_size, position, problems
+from pgshelf.http import (
+    After,
+    Answer,
+    Config,
+    Engine,
+    LibraryName,
+    Limit,
+    Page,
+    as_id,
+    cursor,
+    page_size,
+    position,
+    problems,
+)
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
 
-UUID_LIKE = re.compile(r"\{?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\}?", re.IGNORECASE)
 Name = Annotated[str, Meta(min_length=1, max_length=128, examples=["handbook"])]
 Description = Annotated[str, Meta(max_length=2000)]
 Metric = Literal["cosine", "l2", "inner_product", "l1"]
@@ -250,7 +261,7 @@ def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[i
 
 
 def _name(name: str) -> str:
-    if UUID_LIKE.fullmatch(name):
+    if as_id(name) is not None:
         raise invalid("name", "parses as a UUID, and those are ids; choose another name")
     if name != name.strip(" ") or any(unicodedata.category(character) == "Cc" for character in name):
         raise invalid("name", "must not begin or end with a space, nor hold control characters")
@@ -266,8 +277,8 @@ async def _check_language(connection: AsyncConnection, language: str) -> None:
 
 async def _find(connection: AsyncConnection, library: str, *, lock: bool = False) -> Library:
     query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None))
-    if UUID_LIKE.fullmatch(library):
-        query = query.where(libraries.c.id == UUID(library))
+    if (library_id := as_id(library)) is not None:
+        query = query.where(libraries.c.id == library_id)
     else:
         query = query.where(libraries.c.name == library)
     row = (await connection.execute(query.with_for_update(key_share=True) if lock else query)).one_or_none()
