@@ -196,23 +196,22 @@ def _doc(kind: str, name: str, thing: object) -> Iterator[Doc]:
 
 
 def show(console: Console, question: str, result: SearchResult, milliseconds: float) -> None:
-    """Print a question, its hits (name, kind, score, what it says) and how long the answer took over HTTP."""
-    from rich.table import Table
+    """Print a question, its hits (score, name, kind, what it says) and how long the answer took over HTTP."""
     from rich.text import Text
 
     console.print()
     console.print(Text.assemble((question, "bold"), (f"   {milliseconds:.1f} ms", "dim")))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
-    table.add_column(style="green", no_wrap=True, width=7)
-    table.add_column(style="cyan", no_wrap=True, width=36)
-    table.add_column(style="dim", no_wrap=True, width=8)
-    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     for hit in result.hits:
         metadata = hit.metadata or {}
         name = str(metadata.get("name") or hit.key or hit.document_id)
         says = (hit.text or "").removeprefix(name).strip().partition("\n")[0]
-        table.add_row(f"  {hit.score:.3f}", Text(name), Text(str(metadata.get("kind", ""))), Text(says))
-    console.print(table if result.hits else Text("  nothing found", style="yellow"))
+        line = Text.assemble(
+            (f"  {hit.score:.3f}  ", "green"), (name, "cyan"), (f"  {metadata.get('kind', '')}", "dim")
+        )
+        console.print(line, no_wrap=True, overflow="ellipsis")
+        console.print(Text(f"         {says}"), no_wrap=True, overflow="ellipsis")
+    if not result.hits:
+        console.print(Text("  nothing found", style="yellow"))
 
 
 def fill(client: Client, library: str, console: Console) -> None:
