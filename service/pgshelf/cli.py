@@ -290,7 +290,8 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
         console.print(f"[bold]4. go on[/bold] ({'Ctrl-C ends it' if keep else 'after: make demo KEEP=1'})")
         console.print(demo.how_to_go_on(url, psql, library), markup=False, soft_wrap=True)
         if keep:
-            process.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
     if sensible < len(demo.QUESTIONS):
         raise Failure("some questions found nothing sensible")
 

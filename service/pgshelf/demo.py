@@ -246,7 +246,7 @@ def ask(client: Client, library: str, console: Console) -> int:
 def how_to_go_on(url: str, psql: str, library: str) -> str:
     """Lines for curl, psql and the SDK that work as pasted while the demo serves."""
     body = '{"query": "open a file in a zip archive", "k": 3}'
-    statement = "select key, ordinal, left(text, 60) from pgshelf.chunks_view where library = '{}' limit 5"
+    statement = "select document_key, ordinal, left(text, 60) from pgshelf.chunks_view where library = '{}' limit 5"
     return f"""
   curl -s {url}/v1/libraries/{library}/search -H 'content-type: application/json' -d '{body}'
 
