@@ -40,6 +40,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
   v_have bigint;
+  v_hash bytea := sha256(convert_to(array_to_json(p_texts)::text, 'UTF8'));
 begin
   if p_document is not null or p_version is not null then
     select d.id, d.version into document_id, v_have from pgshelf.documents d
@@ -52,15 +53,16 @@ begin
     perform pgshelf.check_version(v_have, p_version);
   end if;
   if document_id is not null then
-    update pgshelf.documents d set title = p_title, source = p_source, metadata = p_metadata,
+    update pgshelf.documents d set title = p_title, source = p_source, metadata = p_metadata, content_hash = v_hash,
       version = d.version + 1, updated_at = now() where d.id = document_id;
     created := false;
   else
     document_id := gen_random_uuid();
-    insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata)
-      values (pgshelf.place_of(p_library, document_id, v_library.fanout), p_library, document_id, p_key, p_title, p_source, p_metadata)
+    insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata, content_hash)
+      values (pgshelf.place_of(p_library, document_id, v_library.fanout), p_library, document_id, p_key, p_title, p_source,
+        p_metadata, v_hash)
       on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
-        metadata = excluded.metadata, version = d.version + 1, updated_at = now()
+        metadata = excluded.metadata, content_hash = excluded.content_hash, version = d.version + 1, updated_at = now()
       returning d.id, d.id = document_id into document_id, created;
   end if;
   pending := pgshelf.write_chunks(v_library, document_id, p_texts, p_embeddings, p_chunk_metadata);

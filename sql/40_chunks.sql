@@ -39,14 +39,14 @@ begin
   return v_chunk;
 end $$;
 
--- Locks the document of a chunk, bumps its version, and reads the chunk again: the lock order, and no lost update.
+-- Locks the document of a chunk, bumps its version, forgets its hash, and reads the chunk again: the lock order, and no lost update.
 create or replace function pgshelf.lock_chunk(p_library pgshelf.libraries, p_chunk uuid) returns pgshelf.chunks
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_document uuid := (pgshelf.chunk_named(p_library, p_chunk)).document_id;
 begin
-  update pgshelf.documents d set version = d.version + 1, updated_at = now() where d.id = v_document;
+  update pgshelf.documents d set version = d.version + 1, updated_at = now(), content_hash = null where d.id = v_document;
   return pgshelf.chunk_named(p_library, p_chunk);
 end $$;
 

@@ -633,3 +633,27 @@ def add_shelf(connection: Connection, shelf: int) -> None:
           primary key (library_id, document_id, ordinal, place, shelf);
         alter table pgshelf.chunks attach partition pgshelf.chunks_s{shelf} for values in ({shelf})""".encode()
     )
+
+
+def test_the_content_hash_tells_whether_the_texts_are_the_same(owner: Connection) -> None:
+    name = make_library(owner)
+
+    def content_hash() -> Any:
+        found = owner.execute(
+            "select content_hash from pgshelf.documents where key = 'h' and library_id = (pgshelf.library_named(%s)).id",
+            [name],
+        ).fetchone()
+        return found[0] if found else None
+
+    put(owner, name, "h", ["a", "b"], embeddings=[[1, 0], [0, 1]])
+    first = content_hash()
+    put(owner, name, "h", ["a", "c"], embeddings=[[1, 0], [0, 1]])
+    assert content_hash() != first
+    put(owner, name, "h", ["a", "b"], embeddings=[[1, 0], [0, 1]], title="T")
+    assert content_hash() == first
+    owner.execute(
+        "select pgshelf.patch_chunk(c.library_id, c.id, null, null, '{\"x\": 1}') from pgshelf.chunks_view c"
+        " where c.library = %s and c.ordinal = 0",
+        [name],
+    )
+    assert content_hash() is None

@@ -152,6 +152,8 @@ comment on column pgshelf.libraries.deleted_at is 'Set when the library was dele
 comment on table pgshelf.documents is 'A document of a library; business tables may reference its id.';
 comment on column pgshelf.documents.key is 'The caller''s own name for the document, unique in its library.';
 comment on column pgshelf.documents.version is 'Grows with every change of the document or its chunks; the ETag.';
+comment on column pgshelf.documents.content_hash is
+  'SHA-256 of the texts as they were written together; null once a single chunk was changed.';
 comment on column pgshelf.documents.place is 'Stable hash of the library, the distribution column on a cluster.';
 comment on table pgshelf.chunks is 'The passages that are searched; rows count where their shelf is their library''s.';
 comment on column pgshelf.chunks.embedding is 'The vector; null asks the worker to make one.';

@@ -91,7 +91,11 @@ documents = Table(
     Column("title", Text),
     Column("source", Text),
     Column("metadata", JSONB, nullable=False, server_default=empty),
-    Column("content_hash", LargeBinary),
+    Column(
+        "content_hash",
+        LargeBinary,
+        comment="SHA-256 of the texts as they were written together; null once a single chunk was changed.",
+    ),
     Column(
         "version",
         BigInteger,
