@@ -640,7 +640,8 @@ def test_the_content_hash_tells_whether_the_texts_are_the_same(owner: Connection
 
     def content_hash() -> Any:
         found = owner.execute(
-            "select content_hash from pgshelf.documents where key = 'h' and library_id = (pgshelf.library_named(%s)).id",
+            "select d.content_hash from pgshelf.documents d join pgshelf.libraries l on l.id = d.library_id"
+            " where d.key = 'h' and l.name = %s",
             [name],
         ).fetchone()
         return found[0] if found else None
