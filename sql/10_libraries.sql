@@ -18,7 +18,7 @@ begin
   return v_library;
 end $$;
 
--- Every writer of chunks begins here. The order is always: advisory lock of the library (shared), row of the library
+-- Every writer of chunks begins here, but for the worker's claim. The order is always: advisory lock of the library (shared), row of the library
 -- (for key share), row of the document. A promotion takes the first two exclusively and so fences all writers out.
 create or replace function pgshelf.lock_library(p_library uuid) returns pgshelf.libraries
   volatile language plpgsql set search_path = pg_catalog, pg_temp
@@ -64,6 +64,7 @@ as $$
 declare
   v_id uuid := (pgshelf.library_named(p_library)).id;
 begin
+  perform pgshelf.lock_library(v_id);
   if exists (select 1 from pg_constraint c where c.contype = 'f' and c.confrelid = 'pgshelf.documents'::regclass) then
     delete from pgshelf.documents d where d.library_id = v_id;
   end if;
@@ -80,8 +81,10 @@ declare
   v_rows int;
   v_gone int := 0;
 begin
-  for v_library in select l.id from pgshelf.libraries l where l.deleted_at is not null order by l.deleted_at, l.id loop
+  for v_library in select l.id from pgshelf.libraries l where l.deleted_at <= now() order by l.deleted_at, l.id loop
     begin
+      perform pg_advisory_xact_lock_shared(x'6c6962'::int, hashtext(v_library::text));
+      perform 1 from pgshelf.libraries l where l.id = v_library for key share;
       delete from pgshelf.documents d where d.id in (
         select x.id from pgshelf.documents x where x.library_id = v_library limit p_limit - v_gone for update skip locked);
       get diagnostics v_rows = row_count;
@@ -92,7 +95,8 @@ begin
       get diagnostics v_rows = row_count;
       v_gone := v_gone + v_rows;
     exception when foreign_key_violation then
-      null; -- tried again in the next round: the reference may be gone by then
+      -- tried again later: the reference may be gone by then
+      update pgshelf.libraries l set deleted_at = now() + interval '1 minute' where l.id = v_library;
     end;
     exit when v_gone >= p_limit;
   end loop;

@@ -18,13 +18,13 @@ begin
   return v_id;
 end $$;
 
--- Refuses a stale version (If-Match); p_have is null when there is no such document.
+-- Refuses a stale version (If-Match); p_have is null when there is no such document. A wish of -1 means any version.
 create or replace function pgshelf.check_version(p_have bigint, p_want bigint) returns void
   immutable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_want is not null and p_have is distinct from p_want then
-    raise 'the document is at version %, not %', coalesce(p_have::text, 'none'), p_want
+  if p_have is null and p_want is not null or p_have <> nullif(p_want, -1) then
+    raise 'the document is at version %, not %', coalesce(p_have::text, 'none'), coalesce(nullif(p_want, -1)::text, 'any')
       using errcode = 'PS020', hint = 'Read the document again and repeat the change on what it is now.';
   end if;
 end $$;

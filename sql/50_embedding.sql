@@ -1,6 +1,7 @@
 -- Embedding as desired state: a chunk without a vector is the request. Workers claim, embed outside any transaction, store.
 
--- Takes up to p_limit pending chunks of one library for p_lease; another worker may have them when the lease is over.
+-- Takes up to p_limit pending chunks of one library, that of the chunk that has waited longest, for p_lease; another
+-- worker may have them when the lease is over. It changes nothing that a promotion must hear of, and so takes no locks.
 create or replace function pgshelf.claim_pending(p_limit int, p_lease interval)
   returns table (library_id uuid, embedder jsonb, chunk_id uuid, text text, attempts int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
@@ -12,7 +13,8 @@ begin
   for v_shelf in select distinct l.shelf from pgshelf.libraries l where l.deleted_at is null order by 1 loop
     return query execute format($sql$
       with first as (select c.library_id from pgshelf.chunks_s%1$s c join pgshelf.libraries l on l.id = c.library_id
-          where c.embedding is null and c.embed_after <= now() and l.shelf = %1$s and l.deleted_at is null limit 1),
+          where c.embedding is null and c.embed_after <= now() and l.shelf = %1$s and l.deleted_at is null
+          order by c.embed_after limit 1),
       mine as (select c.library_id, c.document_id, c.ordinal, c.place, c.shelf from pgshelf.chunks_s%1$s c, first f
           where c.library_id = f.library_id and c.embedding is null and c.embed_after <= now()
           order by c.embed_after limit $1 for update of c skip locked)

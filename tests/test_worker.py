@@ -536,9 +536,25 @@ async def test_a_reaping_that_a_reference_blocks_stops_neither_embedding_nor_oth
         assert statuses(db) == {"one": "ready"}
         assert sorted(db.execute("select text from pgshelf.chunks").fetchall()) == [("one",), ("referenced",)]
         assert await worker.reconcile(engine, quiet) is False, "it asks again and again without a pause"
+        postponed = db.execute(
+            "select deleted_at > now() + '50 s' from pgshelf.libraries where name = 'blocked'"
+        ).fetchall()
+        assert postponed == [(True,)]
+    db.execute("update pgshelf.libraries set deleted_at = now() where name = 'blocked'")  # a minute later
     await worker.reconcile(engine, quiet)
     await worker.reconcile(engine, quiet)
     assert db.execute("select name from pgshelf.libraries").fetchall() == [("notes",)]
+
+
+async def test_the_chunk_that_waited_longest_comes_first(
+    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db, "busy")
+    make_library(db, "patient")
+    put(db, "a", ["first"], "patient")
+    put(db, "a", [f"later {number}" for number in range(quiet.embed_batch * 2)], "busy")
+    assert await worker.embed_pending(engine, quiet) == 1
+    assert fake.texts == {"first": 1}
 
 
 # -- the database goes and comes back

@@ -35,10 +35,10 @@ as $$
   select p_text ~* '^([0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}|\\{[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\\})$'
 $$;
 
--- immutable by promise: a text search configuration is named, never taken from the session
+-- immutable by promise: one of PostgreSQL's own text search configurations, by name, never taken from the session
 create function pgshelf.words(p_language text, p_text text) returns tsvector
   immutable parallel safe language sql
-  as $$ select pg_catalog.to_tsvector(p_language::pg_catalog.regconfig, p_text) $$;
+  as $$ select to_tsvector(('pg_catalog.' || quote_ident(p_language))::regconfig, p_text) $$;
 """
 
 LIBRARIES = """
@@ -65,12 +65,13 @@ create table pgshelf.libraries (
   deleted_at timestamptz,
   constraint libraries_pkey primary key (id),
   constraint libraries_name_check check (char_length(name) between 1 and 128 and name !~ '[[:cntrl:]]'
-    and name = btrim(name) and not pgshelf.is_id(name)),
+    and name = btrim(name) and name not in ('.', '..') and not pgshelf.is_id(name)),
   constraint libraries_dimension_check check (dimension between 1 and 16000),
   constraint libraries_metric_check check (metric in ('cosine', 'l2', 'inner_product', 'l1')),
   constraint libraries_embedder_check check (jsonb_typeof(embedder) = 'object' and embedder ? 'provider'
     and (embedder -> 'dimension') = to_jsonb(dimension)),
-  constraint libraries_language_check check (language::pg_catalog.regconfig is not null),
+  constraint libraries_language_check check (
+    ('pg_catalog.' || quote_ident(language))::pg_catalog.regconfig is not null),
   constraint libraries_moving_check check (moving between 0 and 2 and (moving = 0) = (moving_to is null)),
   constraint libraries_fanout_check check (fanout >= 1)
 );
@@ -97,7 +98,7 @@ create table pgshelf.documents (
   constraint documents_library_fk foreign key (library_id) references pgshelf.libraries (id),
   constraint documents_metadata_check check (jsonb_typeof(metadata) = 'object'),
   constraint documents_key_check check (char_length(key) between 1 and 512
-    and not pgshelf.is_id(key))
+    and key not in ('.', '..') and not pgshelf.is_id(key))
 );
 create index documents_order_idx on pgshelf.documents (library_id, created_at, id);
 create trigger documents_deleted after delete on pgshelf.documents
@@ -127,7 +128,7 @@ create table pgshelf.chunks (
 -- MAIN keeps vectors beside their row: exact scans are four to five times faster than from TOAST
 alter table pgshelf.chunks alter column embedding set storage main;
 create index chunks_id_idx on pgshelf.chunks (id);
-create index chunks_pending_idx on pgshelf.chunks (library_id, embed_after) where embedding is null;
+create index chunks_pending_idx on pgshelf.chunks (embed_after, library_id) where embedding is null;
 create trigger chunk_written after insert or update of library_id, document_id, embedding on pgshelf.chunks
   for each row execute function pgshelf.chunk_written();
 -- shelf 0, shared by every library that has no shelf of its own; there is no default partition on purpose

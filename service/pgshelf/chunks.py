@@ -11,6 +11,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta
 from pgvector import Vector
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
 from pgshelf.embedding import embed, library_config
@@ -132,14 +133,18 @@ async def update_chunk(
         limits.required_text(data.text, settings.max_chunk_length, "text")
         if vector is None and wait and config.embedder["provider"] != "none":
             vector = (await embed(config.embedder, [data.text], "document", ["text"]))[0]
-    async with database.transaction(engine) as connection:
+
+    async def change(connection: AsyncConnection) -> Chunk:
         rows = await database.rows(
             connection,
-            f"select {COLUMNS} from pgshelf.patch_chunk(%s, %s, %s, %s, %s) c",  # noqa: S608 - put together from constants
+            f"select {COLUMNS} from pgshelf.patch_chunk(%s, %s, %s, %b, %s) c",  # noqa: S608 - put together from constants
             False, config.id, chunk_id, data.text, vector, metadata,
         )  # fmt: skip
         changed = _chunk(rows[0])
         limits.metadata(changed.metadata, settings)
+        return changed
+
+    changed = await database.retried(engine, change)
     return Answer(changed, status_code=202 if changed.status == "pending" else 200)
 
 

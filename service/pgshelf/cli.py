@@ -59,7 +59,11 @@ def _database(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServer
         yield settings.database_url, None
         return
     try:
-        server = embedded.start(settings.data_dir, settings.postgres_version)
+        # some connections are left for psql and for others that share the server
+        connections = max(200, settings.workers * settings.pool_size + 50)
+        server = embedded.start(
+            settings.data_dir, settings.postgres_version, settings={"max_connections": str(connections)}
+        )
     except embedded.EmbeddedError as error:
         raise Failure(str(error)) from None
     with server:

@@ -27,6 +27,9 @@ DIALECT = "postgresql+psycopg://"
 RETRIES = 3
 T = TypeVar("T")
 RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+# What a connection answers whose server was migrated or demoted, or is another one, since it was opened.
+STALE_STATES = {"25006", "26000", "3F000", "42704", "42883", "42P01", "42P05"}
+STALE_MESSAGES = ("cache lookup failed", "cached plan must not change")
 # The type is found by its extension: search_path says nothing about where pgvector lives.
 VECTOR_TYPE = """
 select n.nspname || '.' || t.typname, t.oid, t.typarray from pg_catalog.pg_type t
@@ -107,8 +110,13 @@ async def transaction(engine: AsyncEngine, *, single: bool = False) -> AsyncIter
     except PoolTimeout:
         detail = f"No connection became free in time ({engine.pool.status()}). Try again, or raise PGSHELF_POOL_SIZE."
         raise Problem("pool_exhausted", detail) from None
-    except DBAPIError as error:
-        raise (error.orig if isinstance(error.orig, psycopg.Error) else error) from None
+    except (DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if not isinstance(cause, psycopg.Error):
+            raise
+        if _is_stale(cause):
+            await engine.dispose()
+        raise cause from None
 
 
 async def rows(connection: AsyncConnection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -121,16 +129,23 @@ async def rows(connection: AsyncConnection, statement: str, *parameters: Any) ->
 
 
 async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
-    """Do `work` in a transaction; after a deadlock or a serialization failure, in another one."""
+    """Do `work` in a transaction; after a deadlock, a serialization failure or a stale connection in another one."""
     for attempt in range(RETRIES):
         try:
             async with transaction(engine, single=single) as connection:
                 return await work(connection)
-        except RETRIED:
-            if attempt == RETRIES - 1:
+        except psycopg.Error as error:
+            again = isinstance(error, RETRIED) or (attempt == 0 and _is_stale(error))
+            if not again or attempt == RETRIES - 1:
                 raise
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
     raise AssertionError("unreachable")
+
+
+def _is_stale(error: psycopg.Error) -> bool:
+    if error.sqlstate is None:  # the driver learned no vector type, when there was none yet
+        return isinstance(error, psycopg.ProgrammingError)
+    return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)
 
 
 async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:

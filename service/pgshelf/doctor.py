@@ -27,15 +27,21 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
     try:
         connection = database.connect(url, "doctor")
     except psycopg.Error as error:
-        yield Finding("fail", f"the database cannot be reached: {_line(error)}. Check PGSHELF_DATABASE_URL.")
+        yield Finding(
+            "fail", f"the database cannot be reached: {_line(error).rstrip('?.')}. Check PGSHELF_DATABASE_URL."
+        )
         return
     with connection:
         for look in (_server, _extension, _schema, _roles, _indexes, _pending, _parameters):
+            findings = []
             try:
-                yield from look(connection)
+                findings = list(look(connection))
             except psycopg.Error as error:
-                yield Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")
-    yield from _connections(settings)
+                findings = [Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")]
+            yield from findings
+            if look is _schema and any(finding.level == "fail" for finding in findings):
+                return  # the rest looks into the schema
+        yield from _connections(connection, settings)
 
 
 def _line(error: Exception) -> str:
@@ -140,6 +146,10 @@ def _parameters(connection: Connection) -> Iterator[Finding]:
         )
 
 
-def _connections(settings: Settings) -> Iterator[Finding]:
-    wanted = settings.workers * settings.pool_size
+def _connections(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    wanted, allowed = settings.workers * settings.pool_size, int(_setting(connection, "max_connections"))
+    if wanted > allowed - 10:
+        text = f"serve may open {wanted} connections and the server allows {allowed}: lower PGSHELF_POOL_SIZE"
+        yield Finding("warn", f"{text}, or raise max_connections")
+        return
     yield Finding("ok", f"serve opens up to {wanted} connections ({settings.workers} workers x {settings.pool_size})")

@@ -91,10 +91,15 @@ WRITTEN = {
     response_headers=[ETAG],
 )
 async def add_document(
-    library: LibraryName, data: JSONBody[DocumentInput], engine: Engine, settings: Config, wait: Wait = True
+    library: LibraryName,
+    data: JSONBody[DocumentInput],
+    engine: Engine,
+    settings: Config,
+    wait: Wait = True,
+    if_match: IfMatch = None,
 ) -> Answer[Document]:
     """Store a document with all its chunks, in one transaction."""
-    return await _write(engine, settings, library, None, data, None, wait)
+    return await _write(engine, settings, library, None, data, wanted_version(if_match), wait)
 
 
 @put(
@@ -190,7 +195,8 @@ async def update_document(
         limits.bounded_text(data.source, settings.max_title_length, "source")
     patched = None if data.metadata is UNSET else limits.metadata(data.metadata, settings)
     changed = {name: value for name in ("title", "source") if (value := getattr(data, name)) is not UNSET}
-    async with database.transaction(engine) as connection:
+
+    async def change(connection: AsyncConnection) -> Document:
         await database.rows(
             connection,
             "select pgshelf.patch_document(%s, %s, %s, %s, %s)",
@@ -198,7 +204,9 @@ async def update_document(
         )  # fmt: skip
         found = await _read(connection, library, document)
         limits.metadata(found.metadata, settings)
-    return _answer(found)
+        return found
+
+    return _answer(await database.retried(engine, change))
 
 
 @delete(
@@ -234,8 +242,8 @@ async def _write(
     if wait and found.chunks.pending:
         # the write is done, so a failure here is no error of it: 202, and the worker goes on
         with contextlib.suppress(Problem, psycopg.Error):
-            await embed_pending(engine, prepared.library, found.id)
-            found.chunks.pending, found.status = 0, "ready"
+            found.chunks.pending -= await embed_pending(engine, prepared.library, found.id)
+            found.status = "pending" if found.chunks.pending else "ready"
     status = 202 if found.chunks.pending else 201 if created else 200
     return _answer(found, status, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")
 

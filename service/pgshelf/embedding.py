@@ -67,7 +67,7 @@ async def store(engine: AsyncEngine, library: UUID, chunks: Sequence[UUID], text
     """Give pending chunks their vectors; chunks that changed meanwhile are left out. Returns how many were stored."""
     rows = await database.run(
         engine,
-        "select pgshelf.store_embeddings(%s, %s, %s, %s)",
+        "select pgshelf.store_embeddings(%s, %s, %s, %b)",
         library,
         list(chunks),
         [text_hash(text) for text in texts],

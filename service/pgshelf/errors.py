@@ -36,6 +36,7 @@ CODES: dict[str, tuple[int, str]] = {
     "internal_error": (500, "Something went wrong inside pgshelf"),
     "embedder_failed": (502, "The embedding provider failed"),
     "database_unavailable": (503, "The database is not available"),
+    "database_forbidden": (503, "The database role lacks a right"),
     "embedder_unavailable": (503, "The embedding provider is not available"),
     "pool_exhausted": (503, "All database connections are busy"),
     "lock_timeout": (503, "Another operation holds what this one needs"),
@@ -68,6 +69,7 @@ SQLSTATES: dict[str, str] = {
     "40001": "conflict",
     "40P01": "conflict",
     "42P01": "not_migrated",
+    "42501": "database_forbidden",
     "42704": "not_migrated",
     "42883": "not_migrated",
     "53100": "storage_full",
@@ -76,6 +78,7 @@ SQLSTATES: dict[str, str] = {
 }
 # The first two characters, where the state itself is not above.
 CLASSES: dict[str, str] = {
+    "25": "database_unavailable",
     "08": "database_unavailable",
     "22": "validation_failed",
     "23": "validation_failed",
@@ -88,7 +91,8 @@ CONSTRAINTS = {"libraries_name_key": "library_exists"}
 # What the database says of these tells of our insides; the answer says something of its own.
 SILENT = {
     "internal_error": "It has been logged under the request id. Try again, and report it when it stays.",
-    "database_unavailable": "pgshelf cannot reach PostgreSQL, or it is starting or stopping. Try again shortly.",
+    "database_unavailable": "pgshelf cannot reach PostgreSQL. Try again shortly; if it stays so, run `pgshelf doctor`.",
+    "database_forbidden": "The role in PGSHELF_DATABASE_URL must own the schema pgshelf; `pgshelf doctor` says more.",
     "not_migrated": "Run `pgshelf migrate` against this database, with the version of pgshelf that serves.",
     "timeout": "The statement was stopped at PGSHELF_STATEMENT_TIMEOUT. Ask for less, or try again later.",
     "lock_timeout": "Try again shortly.",
@@ -153,10 +157,15 @@ def _of_database(error: psycopg.Error) -> Problem:
     if state is None:  # raised by the driver itself
         if isinstance(error, psycopg.DataError):
             return Problem("invalid_text", SILENT["invalid_text"])
-        return Problem("database_unavailable", SILENT["database_unavailable"])
+        reason = "not_migrated" if isinstance(error, psycopg.ProgrammingError) else "database_unavailable"
+        return Problem(reason, SILENT[reason])
     code = CONSTRAINTS.get(error.diag.constraint_name or "") or SQLSTATES.get(state) or CLASSES.get(state[:2])
     if code is None:
         return Problem("internal_error", SILENT["internal_error"], sqlstate=state)
+    if state == "23514":
+        return Problem(
+            code, f"A value is not allowed: it breaks the rule {error.diag.constraint_name}.", sqlstate=state
+        )
     said = [part.rstrip(".") for part in (error.diag.message_primary, error.diag.message_hint) if part]
     return Problem(code, SILENT.get(code, ". ".join(part[0].upper() + part[1:] for part in said) + "."), sqlstate=state)
 

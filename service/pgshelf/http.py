@@ -36,6 +36,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 ID = re.compile(
     r"([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})|\{[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\}", re.I
 )
+ANY_VERSION = -1
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
 Engine = NamedDependency[SkipValidation[AsyncEngine]]
@@ -224,6 +225,9 @@ def decode_path(app: ASGIApp) -> ASGIApp:
             if scope["method"] == "OPTIONS":
                 await _options(scope, receive, send)
                 return
+            if len(scope["path"]) > 1 and scope.get("raw_path", b"").split(b"?")[0].endswith(b"/"):
+                # Litestar would take it for the address without the slash: ".../documents/.." for the library
+                raise Problem("route_not_found", "No address ends in a slash; /schema lists them.")
             try:
                 scope["path_params"] = {
                     name: unquote(value, errors="strict") if isinstance(value, str) else value
@@ -249,7 +253,11 @@ async def _options(scope: Any, receive: Receive, send: Send) -> None:
 def _check_content_type(scope: Any) -> None:
     if scope["method"] not in {"POST", "PUT", "PATCH"}:
         return
-    header = dict(scope["headers"]).get(b"content-type", b"application/json").decode("latin-1")
+    headers = dict(scope["headers"])
+    if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+        return  # no body; who needs one says so
+    # no type is no JSON: a web page may send such a body anywhere without asking first
+    header = headers.get(b"content-type", b"").decode("latin-1")
     if _media_type(header) not in {"application/json", *MSGPACK_TYPES}:
         raise Problem("unsupported_media_type", f"Send application/json or application/msgpack, not {header[:100]!r}.")
 
@@ -285,9 +293,11 @@ def position(after: str | None) -> tuple[datetime | None, uuid.UUID | None]:
 
 
 def wanted_version(if_match: str | None) -> int | None:
-    """The version that an If-Match names; `*` names any."""
-    if if_match is None or if_match.strip() == "*":
+    """The version that an If-Match names; ANY_VERSION for `*`, which asks that there be one."""
+    if if_match is None:
         return None
+    if if_match.strip() == "*":
+        return ANY_VERSION
     tag = if_match.strip().removeprefix("W/").strip('"')
     if not re.fullmatch(r"[0-9]{1,18}", tag):
         raise invalid("If-Match", 'is not an ETag of pgshelf, such as "3"')

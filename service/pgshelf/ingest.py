@@ -52,7 +52,8 @@ class Prepared(msgspec.Struct):
 
 
 INLINE_TEXT = 20_000  # characters
-WRITE = "select * from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+# vectors go in binary (%b): as text they take a hundred times as long
+WRITE = "select * from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %b, %s, %s)"
 
 
 async def prepare(
@@ -72,6 +73,8 @@ async def prepare(
 def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:
     if data.key is not None and as_id(data.key) is not None:
         raise invalid("key", "parses as a UUID, and those are ids; choose another key")
+    if data.key in (".", ".."):
+        raise invalid("key", "means something else in an address; choose another key")
     if document_id is not None and data.key is not None:
         raise invalid("key", "cannot be changed; leave it out when putting a document by its id")
     limits.bounded_text(data.title, settings.max_title_length, "title")
@@ -132,10 +135,11 @@ async def _embed_new(
             vectors[index] = vector
 
 
-async def embed_pending(engine: AsyncEngine, config: LibraryConfig, document_id: UUID) -> None:
-    """Chunks that were thought to be known lost their vectors to another writer: embed what is still missing."""
+async def embed_pending(engine: AsyncEngine, config: LibraryConfig, document_id: UUID) -> int:
+    """Embed chunks that lost their vectors to another writer since `prepare` looked; returns how many were stored."""
     rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
-    if rows:
-        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-        made = await embed(config.embedder, texts, "document", ["text"] * len(texts))
-        await store(engine, config.id, ids, texts, made)
+    if not rows:
+        return 0
+    ids, texts = [row[0] for row in rows], [row[1] for row in rows]
+    made = await embed(config.embedder, texts, "document", ["text"] * len(texts))
+    return await store(engine, config.id, ids, texts, made)

@@ -187,23 +187,31 @@ async def update_library(
     library: LibraryName, data: JSONBody[PatchLibrary], engine: Engine, settings: Config
 ) -> Library:
     """Change name, description, chunking or metadata; chunking counts for documents written from now on."""
-    async with database.transaction(engine) as connection:
+
+    async def change(connection: AsyncConnection) -> Library:
         now = await _find(connection, library, lock=True)
-        values: dict[str, Any] = {"version": libraries.c.version + 1, "updated_at": database.now()}
-        if data.name is not UNSET:
-            values["name"] = _name(data.name)
-        if data.description is not UNSET:
-            values["description"] = data.description
-        if data.chunking is not UNSET:
-            size, overlap = _chunking(data.chunking, now.chunking.size, now.chunking.overlap)
-            values["chunking"] = {"size": size, "overlap": overlap}
-        if data.metadata is not UNSET:
-            patched = limits.metadata(data.metadata, settings)
-            values["metadata"] = database.merge_patch(libraries.c.metadata, patched.obj)
-        change = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
-        changed = _library((await connection.execute(change)).one())
+        values = _changes(data, now, settings)
+        written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
+        changed = _library((await connection.execute(written)).one())
         limits.metadata(changed.metadata, settings)
-    return changed
+        return changed
+
+    return await database.retried(engine, change)
+
+
+def _changes(data: PatchLibrary, now: Library, settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = {"version": libraries.c.version + 1, "updated_at": database.now()}
+    if data.name is not UNSET:
+        values["name"] = _name(data.name)
+    if data.description is not UNSET:
+        values["description"] = data.description
+    if data.chunking is not UNSET:
+        size, overlap = _chunking(data.chunking, now.chunking.size, now.chunking.overlap)
+        values["chunking"] = {"size": size, "overlap": overlap}
+    if data.metadata is not UNSET:
+        patched = limits.metadata(data.metadata, settings)
+        values["metadata"] = database.merge_patch(libraries.c.metadata, patched.obj)
+    return values
 
 
 @delete(
@@ -261,6 +269,8 @@ def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[i
 
 
 def _name(name: str) -> str:
+    if name in (".", ".."):
+        raise invalid("name", "means something else in an address; choose another name")
     if as_id(name) is not None:
         raise invalid("name", "parses as a UUID, and those are ids; choose another name")
     if name != name.strip(" ") or any(unicodedata.category(character) == "Cc" for character in name):
@@ -269,10 +279,13 @@ def _name(name: str) -> str:
 
 
 async def _check_language(connection: AsyncConnection, language: str) -> None:
-    known = await database.rows(connection, "select cfgname from pg_catalog.pg_ts_config order by 1")
+    known = await database.rows(
+        connection,
+        "select cfgname from pg_catalog.pg_ts_config where cfgnamespace = 'pg_catalog'::regnamespace order by 1",
+    )
     if language not in {name for (name,) in known}:
         names = ", ".join(name for (name,) in known)
-        raise invalid("language", f"is not a text search configuration of this database; choose one of {names}")
+        raise invalid("language", f"is not a text search configuration of PostgreSQL; choose one of {names}")
 
 
 async def _find(connection: AsyncConnection, library: str, *, lock: bool = False) -> Library:

@@ -68,7 +68,7 @@ class SearchAnswer(msgspec.Struct):
 
 # the statement that pgshelf.search executes, by calling it
 STATEMENT = """select * from pgshelf.search(
-  %s, %s, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
+  %s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
 
 
 @post(

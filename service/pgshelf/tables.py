@@ -131,7 +131,7 @@ chunks = Table(
     Column("embed_error", Text, comment="Why the last attempt to embed this chunk failed."),
     PrimaryKeyConstraint("library_id", "document_id", "ordinal", "place", "shelf", name="chunks_pkey"),
     Index("chunks_id_idx", "id"),
-    Index("chunks_pending_idx", "library_id", "embed_after", postgresql_where=text("embedding is null")),
+    Index("chunks_pending_idx", "embed_after", "library_id", postgresql_where=text("embedding is null")),
     comment="The passages that are searched; rows count where their shelf is their library's.",
     postgresql_partition_by="list (shelf)",
 )

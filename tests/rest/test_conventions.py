@@ -106,8 +106,17 @@ async def test_nothing_at_an_address(client: httpx2.AsyncClient) -> None:
         body = problem(await client.get(path), 404, "route_not_found")
         assert "/schema" in body["detail"] and body["instance"] == path
         problem(await client.post(path, json={}), 404, "route_not_found")
+
+
+async def test_a_slash_at_the_end_is_another_address(client: httpx2.AsyncClient) -> None:
+    """Clients turn `.../documents/..` into the library's address with a slash: that must not be the library."""
     await library(client)
-    assert ok(await client.get("/v1/libraries/shelf/"))["name"] == "shelf"  # a slash at the end does not matter
+    for method in ("GET", "DELETE", "PATCH"):
+        problem(await client.request(method, f"{SHELF}/", json={}), 404, "route_not_found")
+    for dots in (".", ".."):
+        problem(await client.post("/v1/libraries", json={"name": dots}), 400)
+        problem(await client.post(f"{SHELF}/documents", json={"key": dots, "text": "x"}), 400)
+    assert ok(await client.get(SHELF))["name"] == "shelf"
 
 
 @pytest.mark.parametrize("form", ["json", "msgpack"])
@@ -161,8 +170,9 @@ async def test_content_types_that_are_json(client: httpx2.AsyncClient, content_t
     ok(response, 201)
 
 
-async def test_a_body_without_a_content_type_is_json(client: httpx2.AsyncClient) -> None:
-    ok(await client.post("/v1/libraries", content=b'{"name": "a"}'), 201)
+async def test_a_body_without_a_content_type_is_refused(client: httpx2.AsyncClient) -> None:
+    # a web page may send one to any address without asking first
+    problem(await client.post("/v1/libraries", content=b'{"name": "a"}'), 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(
