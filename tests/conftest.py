@@ -273,6 +273,12 @@ def live_server(database_url: str, make_live_server: MakeLiveServer) -> LiveServ
     return make_live_server(database_url)
 
 
+@pytest.fixture
+def unused_port() -> int:
+    """A port of this machine on which nobody listens."""
+    return _free_port()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -105,7 +105,7 @@ def test_the_example_of_the_sdk_runs(live_server: Any, capsys: pytest.CaptureFix
 
 def test_the_examples_of_the_sql_guide_run(database_url: str, vector_schema: str) -> None:
     make = """insert into pgshelf.libraries (name, dimension, embedder, chunking)
-      values ('handbook', 3, '{"provider": "none", "dimension": 3}', '{"size": 1200, "overlap": 0}')"""
+      values ('three', 3, '{"provider": "none", "dimension": 3}', '{"size": 1200, "overlap": 0}')"""
     grant, search, join, write = blocks(ROOT / "docs/sql.md", "sql")
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(make.encode())

@@ -706,4 +706,4 @@ def test_an_older_version_leaves_a_newer_database_alone(cluster: Cluster) -> Non
 def test_without_a_database_it_says_which_setting_is_missing(command: Callable[..., Any]) -> None:
     done = command(None, "alembic", "upgrade", "head")
     assert done.returncode != 0
-    assert "set PGSHELF_DATABASE_URL" in done.stderr
+    assert "set PGSHELF_DATABASE_URL" in done.stdout and "Traceback" not in done.stdout + done.stderr

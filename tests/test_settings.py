@@ -118,7 +118,7 @@ def test_home_is_understood() -> None:
         ("postgresql://u:se%40cret@h/d", "postgresql://u:***@h/d"),
         ("postgresql://u:sec@ret@h/d", "postgresql://u:***@h/d"),
         ("postgresql://h/d", "postgresql://h/d"),
-        ("postgresql://u@/d?host=/run", "postgresql://u:***@/d?host=/run"),
+        ("postgresql://u@/d?host=/run", "postgresql://u@/d?host=/run"),
         ("postgresql://h/d?user=u&password=secret", "***"),
         ("postgresql://h/d?PASSWORD=secret", "***"),
         ("host=h user=u password=secret", "***"),

@@ -33,29 +33,42 @@ from pgshelf.http import (
 )
 
 Include = Annotated[
-    list[Literal["embedding"]] | None, QueryParameter(description="`embedding` returns the vectors too.", max_items=1)
+    list[Literal["embedding"]] | None,
+    QueryParameter(description="`embedding` returns the vectors too; they are left out by default.", max_items=1),
 ]
 
 
 class PatchChunk(msgspec.Struct, forbid_unknown_fields=True):
-    """What shall change; a new text without an embedding is embedded anew. `metadata` is a merge patch (RFC 7396)."""
+    """What shall change; what is absent or null stays."""
 
-    text: str | None = None
-    embedding: Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None = None
-    metadata: dict[str, Any] | None = None
+    text: Annotated[
+        str | None, Meta(description="A new text; without an embedding it is embedded anew (needs an embedder).")
+    ] = None
+    embedding: Annotated[
+        Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None,
+        Meta(description="A new vector: numbers, or their little-endian float32 bytes (base64 in JSON)."),
+    ] = None
+    metadata: Annotated[dict[str, Any] | None, Meta(description="A merge patch (RFC 7396): null takes a key away.")] = (
+        None
+    )
 
 
 class Chunk(msgspec.Struct, omit_defaults=True):
-    """A passage of a document; `failed` ones were given up, `error` says why."""
+    """A passage of a document."""
 
-    id: UUID
-    document_id: UUID
-    ordinal: int
-    text: str
-    metadata: dict[str, Any]
-    status: str
-    error: str | None
-    embedding: list[float] | None = None
+    id: Annotated[UUID, Meta(description="For addresses; hits carry it as `chunk_id`.")]
+    document_id: Annotated[UUID, Meta(description="The document that it belongs to.")]
+    ordinal: Annotated[int, Meta(description="Its place in the document, from 0; gaps are left by deleted chunks.")]
+    text: Annotated[str, Meta(description="The passage.")]
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours.")]
+    status: Annotated[
+        Literal["ready", "pending", "failed"],
+        Meta(description="`ready` can be found, `pending` waits for its vector, `failed` was given up."),
+    ]
+    error: Annotated[str | None, Meta(description="Why embedding failed when it was last tried; else null.")]
+    embedding: Annotated[
+        list[float] | None, Meta(description="The vector; only with `include=embedding`, and only if there is one.")
+    ] = None
 
 
 COLUMNS = """c.id, c.document_id, c.ordinal, c.text, c.metadata, case when c.embedding is not null then 'ready'
@@ -65,6 +78,7 @@ COLUMNS = """c.id, c.document_id, c.ordinal, c.text, c.metadata, case when c.emb
 @get(
     "/libraries/{library:str}/documents/{document:str}/chunks",
     responses=problems(404),
+    response_description="A page of chunks",
     summary="List the chunks of a document",
     operation_id="listChunks",
 )
@@ -94,6 +108,7 @@ async def list_chunks(
 @get(
     "/libraries/{library:str}/chunks/{chunk:str}",
     responses=problems(404),
+    response_description="The chunk",
     summary="Get a chunk",
     operation_id="getChunk",
 )
@@ -113,6 +128,7 @@ async def get_chunk(library: LibraryName, chunk: ChunkId, engine: Engine, includ
         202: ResponseSpec(Chunk, description="Stored; the chunk is pending", generate_examples=False),
         **problems(404, 413, 415, 422, 502),
     },
+    response_description="The chunk, changed and ready, or failed as before",
     summary="Change a chunk in place",
     operation_id="updateChunk",
 )
@@ -151,6 +167,7 @@ async def update_chunk(
 @delete(
     "/libraries/{library:str}/chunks/{chunk:str}",
     responses=problems(404),
+    response_description="Deleted",
     summary="Delete a chunk",
     operation_id="deleteChunk",
 )

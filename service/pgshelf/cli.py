@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+import psycopg
+import psycopg.conninfo
 
 from pgshelf import __version__, embedded, logs
 from pgshelf.settings import PREFIX, Settings, SettingsError
@@ -46,8 +48,13 @@ def main() -> None:
 def _settings(**overrides: Any) -> Settings:
     try:
         settings = Settings.from_env(os.environ, **overrides)
+        psycopg.conninfo.conninfo_to_dict(
+            (settings.database_url or "").replace("postgresql+psycopg://", "postgresql://", 1)
+        )
     except SettingsError as error:
         raise Failure(str(error)) from None
+    except psycopg.ProgrammingError as error:
+        raise Failure(f"PGSHELF_DATABASE_URL is no connection string of PostgreSQL: {str(error).strip()}") from None
     logs.configure(settings.log_level)
     return settings
 
@@ -73,8 +80,9 @@ def _database(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServer
 def _migrate(url: str, settings: Settings) -> None:
     from pgshelf import migrate
 
+    bundled = settings.database_url is None  # nobody can install another pgvector there: doctor says enough
     try:
-        migrate.upgrade(url, vector_schema=settings.vector_schema)
+        migrate.upgrade(url, vector_schema=settings.vector_schema, warn=not bundled)
     except migrate.MigrationError as error:
         raise Failure(str(error)) from None
 
@@ -93,6 +101,8 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
             _migrate(url, settings)
         click.echo(_banner(settings, server))
+        if server is None:
+            _say_what_fails(url, settings)
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
         os.environ["_PGSHELF_PARENT"] = str(os.getpid())
         stop = threading.Event()
@@ -102,6 +112,15 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
             _serve(settings, address, reload)
         finally:
             stop.set()
+
+
+def _say_what_fails(url: str, settings: Settings) -> None:
+    """Serving begins all the same: the database may come, or be migrated, later."""
+    from pgshelf import doctor
+
+    for finding in doctor.examine(url, settings):
+        if finding.level == "fail":
+            click.echo(f"pgshelf: not ready: {finding.text}", err=True)
 
 
 def _serve(settings: Settings, address: str, reload: bool) -> None:
@@ -180,13 +199,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
-    default, shown = Settings(), settings.summary()
+    default, shown, here = Settings(), settings.summary(), f"http://{settings.host}:{settings.port}"
+    shown_above = ("database_url", "host", "port")
     changed = [
-        f"    {name} = {text}" for name, text in shown.items() if getattr(settings, name) != getattr(default, name)
+        f"    {name} = {text}"
+        for name, text in shown.items()
+        if getattr(settings, name) != getattr(default, name) and name not in shown_above
     ]
     lines = [
         f"pgshelf {__version__}",
-        f"  API      http://{settings.host}:{settings.port}{settings.api_prefix}   (reference: /schema, state: /ready)",
+        f"  API      {here}{settings.api_prefix}   (reference: {here}/schema, state: {here}/ready)",
         "  database "
         + (shown["database_url"] if server is None else f"PostgreSQL {server.version}, bundled, in {server.data_dir}"),
     ]
@@ -228,13 +250,15 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
 @click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON lines.")
 def search(library: str, query: str, k: int, url: str | None, as_json: bool) -> None:
     """Search LIBRARY of a running service for QUERY."""
-    from pgshelf_client import Client, PgshelfError
+    from pgshelf_client import Client, ConnectionFailed, PgshelfError
 
     settings = _settings()
     try:
         prefix = settings.api_prefix
         with Client(url or f"http://127.0.0.1:{settings.port}", api_prefix=prefix) as client:
             result = client.search(library, query, k=k)
+    except ConnectionFailed as error:
+        raise Failure(f"{error}. Is pgshelf serve running there? Say where with --url, or PGSHELF_PORT.") from None
     except PgshelfError as error:
         raise Failure(str(error)) from None
     for hit in result.hits:
@@ -279,6 +303,7 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
     from pgshelf import demo
     from pgshelf_client import Client
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends as it does with Ctrl-C
     console, settings, library = Console(highlight=False), _settings(port=port), "python-docs"
     url, sensible = f"http://127.0.0.1:{settings.port}", 0
     console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")

@@ -7,17 +7,19 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 import psycopg.conninfo
 import sqlalchemy
 from pgvector.psycopg.vector import register_vector_info
 from psycopg.types import TypeInfo
+from sqlalchemy import event
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, Pool
 
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
@@ -84,7 +86,7 @@ def make_engine(settings: Settings, url: str) -> AsyncEngine:
             register_vector_info(connection, TypeInfo(*row))
         return connection
 
-    return create_async_engine(
+    engine = create_async_engine(
         DIALECT,
         async_creator=open_connection,
         pool_size=settings.pool_size,
@@ -94,6 +96,26 @@ def make_engine(settings: Settings, url: str) -> AsyncEngine:
         pool_recycle=1800,
         hide_parameters=True,
     )
+    _renew_when_stale(engine.pool)
+    return engine
+
+
+# How often the connections of a pool were found stale; one that is older than the last time is replaced when taken.
+_renewals: WeakKeyDictionary[Pool, int] = WeakKeyDictionary()
+
+
+def _renew_when_stale(pool: Pool) -> None:
+    _renewals[pool] = 0
+
+    def opened(_: Any, record: Any) -> None:
+        record.info["renewal"] = _renewals[pool]
+
+    def taken(_: Any, record: Any, __: Any) -> None:
+        if record.info["renewal"] != _renewals[pool]:
+            raise DisconnectionError("opened before the server changed")
+
+    event.listen(pool, "connect", opened)
+    event.listen(pool, "checkout", taken)
 
 
 @asynccontextmanager
@@ -115,7 +137,7 @@ async def transaction(engine: AsyncEngine, *, single: bool = False) -> AsyncIter
         if not isinstance(cause, psycopg.Error):
             raise
         if _is_stale(cause):
-            await engine.dispose()
+            _renewals[engine.pool] += 1
         raise cause from None
 
 

@@ -32,15 +32,13 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
         )
         return
     with connection:
-        for look in (_server, _extension, _schema, _roles, _indexes, _pending, _parameters):
-            findings = []
+        there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
+        within = (_roles, _indexes, _pending) if there else ()  # what looks into the schema
+        for look in (_server, _extension, _schema, *within, _parameters):
             try:
-                findings = list(look(connection))
+                yield from look(connection)
             except psycopg.Error as error:
-                findings = [Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")]
-            yield from findings
-            if look is _schema and any(finding.level == "fail" for finding in findings):
-                return  # the rest looks into the schema
+                yield Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")
         yield from _connections(connection, settings)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
 import psycopg
 from litestar import Router, delete, get, patch, post, put
-from litestar.datastructures import ResponseHeader
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -43,42 +42,46 @@ from pgshelf.settings import Settings
 
 
 class PatchDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """What shall change of a document itself; `metadata` is a merge patch (RFC 7396)."""
+    """What shall change of a document itself; what is absent stays."""
 
-    title: Title | UnsetType | None = UNSET
-    source: str | UnsetType | None = UNSET
-    metadata: dict[str, Any] | UnsetType = UNSET
+    title: Annotated[Title | UnsetType | None, Meta(description="Null takes it away.")] = UNSET
+    source: Annotated[str | UnsetType | None, Meta(description="Where it comes from; null takes it away.")] = UNSET
+    metadata: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="A merge patch (RFC 7396): null takes a key away.")
+    ] = UNSET
 
 
 class ChunkCounts(msgspec.Struct):
-    """The chunks of a document; pending ones wait for their vector, failed ones were given up."""
+    """The chunks of a document, counted."""
 
-    total: int
-    pending: int
-    failed: int
+    total: Annotated[int, Meta(description="All of them.")]
+    pending: Annotated[int, Meta(description="Those that wait for their vector.")]
+    failed: Annotated[int, Meta(description="Those whose embedding was given up.")]
 
 
 class Document(msgspec.Struct):
     """A document. It is `ready` when all its chunks can be found."""
 
-    id: UUID
-    key: str | None
-    title: str | None
-    source: str | None
-    metadata: dict[str, Any]
-    version: int
-    created_at: datetime
-    updated_at: datetime
-    chunks: ChunkCounts
-    status: str
+    id: Annotated[UUID, Meta(description="Stays when the document is replaced; addresses take id or key.")]
+    key: Annotated[str | None, Meta(description="The client's own name for it, unique in the library.")]
+    title: Annotated[str | None, Meta(description="The title.")]
+    source: Annotated[str | None, Meta(description="Where it comes from, such as an address.")]
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours.")]
+    version: Annotated[int, Meta(description="Grows with every change; the ETag, for If-Match.")]
+    created_at: Annotated[datetime, Meta(description="When it was first written.")]
+    updated_at: Annotated[datetime, Meta(description="When it last changed.")]
+    chunks: Annotated[ChunkCounts, Meta(description="How many passages it has.")]
+    status: Annotated[
+        Literal["ready", "pending", "failed"],
+        Meta(description="`failed` if any chunk failed, else `pending` if any waits for its vector."),
+    ]
 
 
 COLUMNS = "d.id, d.key, d.title, d.source, d.metadata, d.version, d.created_at, d.updated_at"
 COUNTS = "coalesce(n.total, 0), coalesce(n.pending, 0), coalesce(n.failed, 0)"
-ETAG = ResponseHeader(name="ETag", description="The version of the document, for If-Match.", documentation_only=True)
 WRITE_PROBLEMS = problems(404, 409, 413, 415, 422, 502)
 WRITTEN = {
-    200: ResponseSpec(Document, description="Replaced", generate_examples=False),
+    200: ResponseSpec(Document, description="Replaced; all chunks are ready", generate_examples=False),
     202: ResponseSpec(Document, description="Stored; chunks are pending", generate_examples=False),
 }
 
@@ -86,9 +89,9 @@ WRITTEN = {
 @post(
     "/libraries/{library:str}/documents",
     responses=WRITTEN | WRITE_PROBLEMS,
+    response_description="Created; all chunks are ready",
     summary="Add a document, or replace the one of the same key",
     operation_id="addDocument",
-    response_headers=[ETAG],
 )
 async def add_document(
     library: LibraryName,
@@ -105,13 +108,12 @@ async def add_document(
 @put(
     "/libraries/{library:str}/documents/{document:str}",
     responses={
-        201: ResponseSpec(Document, description="Created", generate_examples=False),
+        201: ResponseSpec(Document, description="Created; all chunks are ready", generate_examples=False),
         **WRITTEN,
         **WRITE_PROBLEMS,
     },
     summary="Put a document",
     operation_id="putDocument",
-    response_headers=[ETAG],
 )
 async def put_document(
     library: LibraryName,
@@ -135,6 +137,7 @@ async def put_document(
 @get(
     "/libraries/{library:str}/documents",
     responses=problems(404),
+    response_description="A page of documents",
     summary="List documents",
     operation_id="listDocuments",
 )
@@ -163,9 +166,9 @@ async def list_documents(
 @get(
     "/libraries/{library:str}/documents/{document:str}",
     responses=problems(404),
+    response_description="The document",
     summary="Get a document",
     operation_id="getDocument",
-    response_headers=[ETAG],
 )
 async def get_document(library: LibraryName, document: DocumentName, engine: Engine) -> Answer[Document]:
     """Get a document by its key or id."""
@@ -176,9 +179,9 @@ async def get_document(library: LibraryName, document: DocumentName, engine: Eng
 @patch(
     "/libraries/{library:str}/documents/{document:str}",
     responses=problems(404, 409, 413, 415),
+    response_description="The document, changed",
     summary="Change a document",
     operation_id="updateDocument",
-    response_headers=[ETAG],
 )
 async def update_document(
     library: LibraryName,
@@ -212,6 +215,7 @@ async def update_document(
 @delete(
     "/libraries/{library:str}/documents/{document:str}",
     responses=problems(404, 409),
+    response_description="Deleted",
     summary="Delete a document",
     operation_id="deleteDocument",
 )

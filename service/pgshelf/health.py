@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Annotated, Literal
 
 import msgspec
 import psycopg
 from litestar import Router, get
+from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import __version__, database, migrate
@@ -22,23 +24,23 @@ select (select version_num from pgshelf.alembic_version), (select sql_hash from 
 class Health(msgspec.Struct):
     """The process runs."""
 
-    status: str
-    version: str
+    status: Annotated[Literal["ok"], Meta(description="It answers, so it is.")]
+    version: Annotated[str, Meta(description="The version of pgshelf.")]
 
 
 class Checks(msgspec.Struct):
-    """What was looked at: the database answers, the revision of its schema, the version of pgvector."""
+    """What was looked at."""
 
-    database: str
-    schema: str
-    pgvector: str
+    database: Annotated[Literal["ok"], Meta(description="It answers.")]
+    schema: Annotated[str, Meta(description="The revision of the schema pgshelf.")]
+    pgvector: Annotated[str, Meta(description="The version of the extension vector.")]
 
 
 class Ready(msgspec.Struct):
     """The service can serve."""
 
-    status: str
-    checks: Checks
+    status: Annotated[Literal["ready"], Meta(description="Anything else is a 503.")]
+    checks: Annotated[Checks, Meta(description="What was looked at.")]
 
 
 @functools.cache
@@ -61,13 +63,19 @@ async def check(engine: AsyncEngine) -> Checks:
     return Checks("ok", revision, pgvector)
 
 
-@get("/health", summary="Is the process alive", operation_id="health")
+@get("/health", response_description="Alive", summary="Is the process alive", operation_id="health")
 async def health() -> Health:
     """Answer without looking at anything else."""
     return Health("ok", __version__)
 
 
-@get("/ready", responses=problems(503), summary="Can the service serve", operation_id="ready")
+@get(
+    "/ready",
+    responses=problems(503),
+    response_description="It can",
+    summary="Can the service serve",
+    operation_id="ready",
+)
 async def ready(engine: Engine) -> Ready:
     """Ask the database; 503 says what is missing."""
     return Ready("ready", await check(engine))

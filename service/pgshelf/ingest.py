@@ -26,22 +26,33 @@ Floats = Annotated[list[float], Meta(min_length=1, max_length=16000)]
 
 
 class ChunkInput(msgspec.Struct, forbid_unknown_fields=True):
-    """One passage; without an embedding the embedder makes it. Bytes are little-endian float32, base64 in JSON."""
+    """One passage."""
 
-    text: str
-    embedding: Floats | bytes | None = None
-    metadata: dict[str, Any] = {}
+    text: Annotated[str, Meta(description="At most PGSHELF_MAX_CHUNK_LENGTH (20000) characters.")]
+    embedding: Annotated[
+        Floats | bytes | None,
+        Meta(description="Numbers, or little-endian float32 bytes (base64 in JSON); the embedder makes it if absent."),
+    ] = None
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours: a JSON object.")] = {}
 
 
 class DocumentInput(msgspec.Struct, forbid_unknown_fields=True):
-    """A whole document: `text`, which is split into chunks, or `chunks`."""
+    """A whole document: either `text`, which is split into chunks, or `chunks`."""
 
-    key: Key | None = None
-    title: Title | None = None
-    text: Annotated[str, Meta(examples=["VACUUM reclaims storage occupied by dead tuples."])] | None = None
-    chunks: list[ChunkInput] | None = None
-    source: str | None = None
-    metadata: dict[str, Any] = {}
+    key: Annotated[
+        Key | None,
+        Meta(description="Your name for it; a document of the same key is replaced. With PUT the address says it."),
+    ] = None
+    title: Annotated[Title | None, Meta(description="At most PGSHELF_MAX_TITLE_LENGTH (1000) characters.")] = None
+    text: Annotated[
+        Annotated[str, Meta(examples=["VACUUM reclaims storage occupied by dead tuples."])] | None,
+        Meta(description="All of it, to be split and embedded; at most PGSHELF_MAX_TEXT_LENGTH (2000000) characters."),
+    ] = None
+    chunks: Annotated[
+        list[ChunkInput] | None, Meta(description="The passages, in order; at most PGSHELF_MAX_CHUNKS (1000).")
+    ] = None
+    source: Annotated[str | None, Meta(description="Where it comes from, such as an address.")] = None
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours: a JSON object.")] = {}
 
 
 class Prepared(msgspec.Struct):

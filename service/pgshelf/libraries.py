@@ -34,105 +34,150 @@ from pgshelf.http import (
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, examples=["handbook"])]
+Name = Annotated[
+    str, Meta(min_length=1, max_length=128, examples=["handbook"], description="What the library is called; unique.")
+]
 Description = Annotated[str, Meta(max_length=2000)]
 Metric = Literal["cosine", "l2", "inner_product", "l1"]
+Dimension = Annotated[int, Meta(ge=1, le=16000)]
+Provider = Annotated[str, Meta(extra_json_schema={"enum": list(PROVIDERS)})]
 
 
 class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     """Who shall make the vectors; with `none` the client brings them."""
 
-    provider: Annotated[str, Meta(max_length=64, examples=["local"])]
-    model: Annotated[str, Meta(max_length=200)] | None = None
-    dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
+    provider: Annotated[
+        Annotated[str, Meta(max_length=64, examples=["local"])],
+        Meta(
+            description="`local` computes in the server, `none` leaves it to the client; others are answered with 422."
+        ),
+    ]
+    model: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="A model of the provider; its own choice if absent. With `none`, a note for the reader."),
+    ] = None
+    dimension: Annotated[
+        Dimension | None,
+        Meta(description="Numbers per vector. `local` has a default; with `none` it is required, here or outside."),
+    ] = None
 
 
 class ChunkingChoice(msgspec.Struct, forbid_unknown_fields=True):
-    """How `text` shall be split, in characters."""
+    """How `text` shall be split, in characters; what is absent is taken from the library or the settings."""
 
-    size: Annotated[int, Meta(ge=50, le=20_000)] | None = None
-    overlap: Annotated[int, Meta(ge=0, le=10_000)] | None = None
+    size: Annotated[
+        Annotated[int, Meta(ge=50, le=20_000)] | None,
+        Meta(description="The longest chunk. A new library takes PGSHELF_CHUNK_SIZE (1200) if absent."),
+    ] = None
+    overlap: Annotated[
+        Annotated[int, Meta(ge=0, le=10_000)] | None,
+        Meta(
+            description="What a chunk repeats of the one before; less than `size`. PGSHELF_CHUNK_OVERLAP (0) if absent."
+        ),
+    ] = None
 
 
 class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
-    """A new library. Only the name is required."""
+    """A new library. Only the name is required, and the dimension where the client brings the vectors."""
 
     name: Name
-    description: Description | None = None
-    embedder: EmbedderChoice | None = None
-    dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
-    metric: Metric = "cosine"
-    language: Annotated[str, Meta(min_length=1, max_length=63)] = "english"
-    chunking: ChunkingChoice | None = None
-    metadata: dict[str, Any] = {}
+    description: Annotated[Description | None, Meta(description="A note for people.")] = None
+    embedder: Annotated[
+        EmbedderChoice | None, Meta(description="Who makes the vectors; PGSHELF_EMBEDDER (local) if absent.")
+    ] = None
+    dimension: Annotated[
+        Dimension | None,
+        Meta(
+            description="Numbers per vector. Required with embedder `none`; equal to embedder.dimension if both are there."
+        ),
+    ] = None
+    metric: Annotated[Metric, Meta(description="How the distance of two vectors is measured.")] = "cosine"
+    language: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=63)],
+        Meta(description="A text search configuration of PostgreSQL, for full text."),
+    ] = "english"
+    chunking: Annotated[ChunkingChoice | None, Meta(description="How documents sent as `text` are split.")] = None
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours: a JSON object.")] = {}
 
 
 class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
-    """What shall change; `metadata` is a merge patch (RFC 7396)."""
+    """What shall change; what is absent stays."""
 
     name: Name | UnsetType = UNSET
-    description: Description | UnsetType | None = UNSET
-    chunking: ChunkingChoice | UnsetType = UNSET
-    metadata: dict[str, Any] | UnsetType = UNSET
+    description: Annotated[
+        Description | UnsetType | None, Meta(description="A note for people; null takes it away.")
+    ] = UNSET
+    chunking: Annotated[ChunkingChoice | UnsetType, Meta(description="Counts for documents written from now on.")] = (
+        UNSET
+    )
+    metadata: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="A merge patch (RFC 7396): null takes a key away.")
+    ] = UNSET
 
 
 class EmbedderUsed(msgspec.Struct):
     """Who makes the vectors of a library."""
 
-    provider: str
-    dimension: int
-    model: str | None = None
+    provider: Annotated[Provider, Meta(description="`none`: the client brings the vectors.")]
+    dimension: Annotated[int, Meta(description="Numbers per vector.")]
+    model: Annotated[str | None, Meta(description="The model; with `none` what the client noted, or null.")] = None
 
 
 class Chunking(msgspec.Struct):
     """How `text` is split, in characters."""
 
-    size: int
-    overlap: int
+    size: Annotated[int, Meta(description="The longest chunk.")]
+    overlap: Annotated[int, Meta(description="What a chunk repeats of the one before.")]
 
 
 class Library(msgspec.Struct):
     """A library: documents that share an embedder, a dimension and a metric."""
 
-    id: UUID
-    name: str
-    description: str | None
-    dimension: int
-    metric: str
-    embedder: EmbedderUsed
-    chunking: Chunking
-    language: str
-    metadata: dict[str, Any]
-    version: int
-    created_at: datetime
-    updated_at: datetime
+    id: Annotated[UUID, Meta(description="Stays when the name changes; addresses take either.")]
+    name: Annotated[str, Meta(description="What the library is called; unique.")]
+    description: Annotated[str | None, Meta(description="A note for people.")]
+    dimension: Annotated[int, Meta(description="Numbers per vector; fixed.")]
+    metric: Annotated[Metric, Meta(description="How the distance of two vectors is measured; fixed.")]
+    embedder: Annotated[EmbedderUsed, Meta(description="Who makes the vectors; fixed.")]
+    chunking: Annotated[Chunking, Meta(description="How documents sent as `text` are split.")]
+    language: Annotated[str, Meta(description="A text search configuration of PostgreSQL; fixed.")]
+    metadata: Annotated[dict[str, Any], Meta(description="Anything of yours.")]
+    version: Annotated[int, Meta(description="Counts the changes of the library itself, not those of its documents.")]
+    created_at: Annotated[datetime, Meta(description="When it was created.")]
+    updated_at: Annotated[datetime, Meta(description="When the library itself last changed.")]
 
 
 class IndexState(msgspec.Struct):
     """The index of a library: small libraries are searched exactly, without one."""
 
-    type: str
-    state: str
-    progress: float
+    type: Annotated[str, Meta(description="`flat`, always in this version: no index, searched exactly.")]
+    state: Annotated[str, Meta(description="`ready` when searches use it.")]
+    progress: Annotated[float, Meta(description="How much of it is built, from 0 to 1.")]
 
 
 class Stats(msgspec.Struct):
-    """Numbers of a library; `bytes` counts its rows without indexes."""
+    """Numbers of a library."""
 
-    documents: int
-    chunks: int
-    pending: int
-    failed: int
-    bytes: int
-    shelf: int
-    index: IndexState
+    documents: Annotated[int, Meta(description="How many documents.")]
+    chunks: Annotated[int, Meta(description="How many chunks, pending and failed ones among them.")]
+    pending: Annotated[int, Meta(description="Chunks that wait for their vector.")]
+    failed: Annotated[int, Meta(description="Chunks whose embedding was given up; each says why in `error`.")]
+    bytes: Annotated[int, Meta(description="What its rows take, without indexes.")]
+    shelf: Annotated[int, Meta(description="The number of the table that holds its chunks.")]
+    index: Annotated[IndexState, Meta(description="The index that searches use.")]
 
 
 COLUMNS = [libraries.c[name] for name in Library.__struct_fields__]
 LIBRARY_PROBLEMS = problems(404)
 
 
-@post("/libraries", responses=problems(409, 413, 415, 422), summary="Create a library", operation_id="createLibrary")
+@post(
+    "/libraries",
+    responses=problems(409, 413, 415, 422),
+    response_description="Created",
+    summary="Create a library",
+    operation_id="createLibrary",
+)
 async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
     provider, model, dimension = _embedder(data, settings)
@@ -155,7 +200,13 @@ async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings
     return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
 
 
-@get("/libraries", responses=problems(), summary="List libraries", operation_id="listLibraries")
+@get(
+    "/libraries",
+    responses=problems(),
+    response_description="A page of libraries",
+    summary="List libraries",
+    operation_id="listLibraries",
+)
 async def list_libraries(engine: Engine, settings: Config, limit: Limit = None, after: After = None) -> Page[Library]:
     """List libraries, oldest first."""
     size = page_size(limit, settings)
@@ -170,7 +221,13 @@ async def list_libraries(engine: Engine, settings: Config, limit: Limit = None, 
     return Page(found[:size], cursor(more.created_at, more.id) if more else None)
 
 
-@get("/libraries/{library:str}", responses=LIBRARY_PROBLEMS, summary="Get a library", operation_id="getLibrary")
+@get(
+    "/libraries/{library:str}",
+    responses=LIBRARY_PROBLEMS,
+    response_description="The library",
+    summary="Get a library",
+    operation_id="getLibrary",
+)
 async def get_library(library: LibraryName, engine: Engine) -> Library:
     """Get a library by its name or id."""
     async with database.transaction(engine) as connection:
@@ -180,6 +237,7 @@ async def get_library(library: LibraryName, engine: Engine) -> Library:
 @patch(
     "/libraries/{library:str}",
     responses=problems(404, 409, 413, 415),
+    response_description="The library, changed",
     summary="Change a library",
     operation_id="updateLibrary",
 )
@@ -215,7 +273,11 @@ def _changes(data: PatchLibrary, now: Library, settings: Settings) -> dict[str, 
 
 
 @delete(
-    "/libraries/{library:str}", responses=problems(404, 409), summary="Delete a library", operation_id="deleteLibrary"
+    "/libraries/{library:str}",
+    responses=problems(404, 409),
+    response_description="Deleted",
+    summary="Delete a library",
+    operation_id="deleteLibrary",
 )
 async def delete_library(library: LibraryName, engine: Engine) -> None:
     """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
@@ -225,6 +287,7 @@ async def delete_library(library: LibraryName, engine: Engine) -> None:
 @get(
     "/libraries/{library:str}/stats",
     responses=LIBRARY_PROBLEMS,
+    response_description="The numbers",
     summary="Numbers of a library",
     operation_id="libraryStats",
 )

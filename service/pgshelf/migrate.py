@@ -35,7 +35,7 @@ GUARDS = (
 )
 
 
-class MigrationError(RuntimeError):
+class MigrationError(CommandError):
     """The database could not be migrated; the message says why and what to do."""
 
 
@@ -65,9 +65,9 @@ def head() -> str:
     return ScriptDirectory(str(resource("migrations"))).get_current_head() or ""
 
 
-def upgrade(url: str, revision: str = "head", *, vector_schema: str = "public") -> None:
+def upgrade(url: str, revision: str = "head", *, vector_schema: str = "public", warn: bool = True) -> None:
     """Bring the database at `url` to `revision` and apply sql/; safe to repeat, and for several to run at once."""
-    _command(command.upgrade, url, revision, vector_schema)
+    _command(command.upgrade, url, revision, vector_schema, warn)
 
 
 def downgrade(url: str, revision: str = "base", *, vector_schema: str = "public") -> None:
@@ -88,16 +88,18 @@ def run(statements: str) -> None:
     _run(op.get_context(), statements)
 
 
-def _config(url: str | None, vector_schema: str) -> Config:
+def _config(url: str | None, vector_schema: str, warn: bool = True) -> Config:
     config = Config()
     config.set_main_option("script_location", str(resource("migrations")).replace("%", "%%"))
-    config.attributes |= {"url": url, "vector_schema": vector_schema}
+    config.attributes |= {"url": url, "vector_schema": vector_schema, "warn": warn}
     return config
 
 
-def _command(call: Callable[[Config, str], None], url: str, revision: str, vector_schema: str) -> None:
+def _command(
+    call: Callable[[Config, str], None], url: str, revision: str, vector_schema: str, warn: bool = True
+) -> None:
     try:
-        call(_config(url, vector_schema), revision)
+        call(_config(url, vector_schema, warn), revision)
     except psycopg.errors.DependentObjectsStillExist as error:
         raise MigrationError(
             f"nothing was changed: {error.diag.message_primary}. "
@@ -195,7 +197,8 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
         raise MigrationError("set PGSHELF_DATABASE_URL to the database that shall be migrated")
     with database.migration_engine(url).connect() as connection:
         driver = _driver(connection)
-        driver.add_notice_handler(_tell)
+        if attributes.get("warn", True):
+            driver.add_notice_handler(_tell)
         with connection.begin():
             _lock(driver)
             driver.execute(GUARDS)
@@ -237,7 +240,9 @@ def run_offline(context: EnvironmentContext, environ: Mapping[str, str]) -> None
     attributes["vector_schema"] = attributes.get("vector_schema") or _default(environ)
     context.configure(dialect_name="postgresql", literal_binds=True, **_options())
     output = context.get_context().impl.static_output
-    output("-- pgshelf: run it with psql -v ON_ERROR_STOP=1, as the role that shall own the schema\n")
+    output(
+        "-- pgshelf, for a database without it. Run it with psql -v ON_ERROR_STOP=1, as the role that shall own it.\n"
+    )
     output(f"{GUARDS};\nselect pg_advisory_lock({LOCK[0]}, {LOCK[1]});\n")
     output("begin;\n" + _read("prepare.sql", context) + "commit;\n")
     context.run_migrations()

@@ -1,21 +1,26 @@
-"""The OpenAPI document at /schema: Litestar's, with exact schemas of what may be sent, and examples that work."""
+"""The OpenAPI document at /schema: Litestar's, with msgspec's schemas, headers, formats, and examples that work."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
-from pgshelf.chunks import PatchChunk
-from pgshelf.documents import PatchDocument
-from pgshelf.errors import CODES
+from pgshelf.chunks import Chunk, PatchChunk
+from pgshelf.documents import Document, PatchDocument
+from pgshelf.errors import CODES, RETRY_AFTER
+from pgshelf.health import Health, Ready
+from pgshelf.http import Page, ProblemBody
 from pgshelf.ingest import DocumentInput
-from pgshelf.libraries import CreateLibrary, PatchLibrary
-from pgshelf.search import SearchRequest
+from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
+from pgshelf.search import SearchAnswer, SearchRequest
 
-PATHS = {"library": "handbook", "document": "guide/vacuum", "chunk": "6f1c9c1e-2f0d-4c5b-9a39-0d3f5a1b7c21"}
+CHUNK = "6f1c9c1e-2f0d-4c5b-9a39-0d3f5a1b7c21"
+DOCUMENT = "0b8f6c52-93a4-4f7e-8a51-1f0f7a2f4d10"
+PATHS = {"library": "handbook", "document": "guide/vacuum", "chunk": CHUNK}
 BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     CreateLibrary: {"name": "handbook", "description": "How we run things", "metadata": {"team": "operations"}},
     PatchLibrary: {"description": None, "chunking": {"size": 800, "overlap": 80}, "metadata": {"team": "platform"}},
@@ -29,6 +34,117 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     PatchChunk: {"text": "VACUUM takes back what dead tuples occupy.", "metadata": {"reviewed": True}},
     SearchRequest: {"query": "how do I reclaim disk space", "k": 3, "include": ["text", "document"]},
 }
+ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
+    Library: {
+        "id": "3d0c8c0e-5f55-4f0b-9a5d-6a8f4a0f9b11",
+        "name": "handbook",
+        "description": "How we run things",
+        "dimension": 256,
+        "metric": "cosine",
+        "embedder": {"provider": "local", "dimension": 256, "model": "wordllama-l2-supercat"},
+        "chunking": {"size": 1200, "overlap": 0},
+        "language": "english",
+        "metadata": {"team": "operations"},
+        "version": 1,
+        "created_at": "2026-01-05T09:00:00Z",
+        "updated_at": "2026-01-05T09:00:00Z",
+    },
+    Stats: {
+        "documents": 1,
+        "chunks": 1,
+        "pending": 0,
+        "failed": 0,
+        "bytes": 1534,
+        "shelf": 1,
+        "index": {"type": "flat", "state": "ready", "progress": 1.0},
+    },
+    Document: {
+        "id": DOCUMENT,
+        "key": "guide/vacuum",
+        "title": "Vacuum",
+        "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
+        "metadata": {"year": 2025},
+        "version": 1,
+        "created_at": "2026-01-05T09:01:00Z",
+        "updated_at": "2026-01-05T09:01:00Z",
+        "chunks": {"total": 1, "pending": 0, "failed": 0},
+        "status": "ready",
+    },
+    Chunk: {
+        "id": CHUNK,
+        "document_id": DOCUMENT,
+        "ordinal": 0,
+        "text": "VACUUM reclaims storage occupied by dead tuples.",
+        "metadata": {},
+        "status": "ready",
+        "error": None,
+    },
+    SearchAnswer: {
+        "hits": [
+            {
+                "chunk_id": CHUNK,
+                "document_id": DOCUMENT,
+                "key": "guide/vacuum",
+                "ordinal": 0,
+                "score": 0.5,
+                "distance": 0.5,
+                "text": "VACUUM reclaims storage occupied by dead tuples.",
+                "document": {
+                    "title": "Vacuum",
+                    "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
+                    "metadata": {"year": 2025},
+                },
+            }
+        ],
+        "took_ms": 2.417,
+    },
+    ProblemBody: {
+        "type": "urn:pgshelf:error:library_not_found",
+        "title": CODES["library_not_found"][1],
+        "status": 404,
+        "detail": 'There is no library "handbok".',
+        "instance": "/v1/libraries/handbok",
+        "code": "library_not_found",
+        "request_id": "5f0c1b9f1c3e4d0f9a7b2f6f0a1d9c33",
+    },
+    Health: {"status": "ok", "version": "1.0.0"},
+    Ready: {"status": "ready", "checks": {"database": "ok", "schema": "0001", "pgvector": "0.8.1"}},
+}
+PAGES: list[Any] = [Page[Library], Page[Document], Page[Chunk]]
+SHARED = {  # what the structs of http.py do not say of themselves
+    "Page": {"items": "The items, in order.", "next": "Send it as `after` for the page behind; null at the end."},
+    "FieldError": {"path": "Where in the request.", "message": "What is wrong there."},
+    "ProblemBody": {
+        "type": "A URN made of the code.",
+        "title": "The code, in words; the same every time.",
+        "status": "The status of the answer.",
+        "detail": "What is wrong this time, and what to do about it.",
+        "instance": "The path that was asked for.",
+        "code": "For programs: branch on this one.",
+        "request_id": "The X-Request-Id of the answer; it is in the server's log.",
+        "sqlstate": "PostgreSQL's own code, where it is all that is known.",
+        "errors": "The fields that are not valid, where it is about fields.",
+    },
+}
+PARAMETERS = {"limit": "How many items at most: 100 if absent; PGSHELF_MAX_PAGE (1000) is the limit."}
+
+HEADERS = {
+    "X-Request-Id": ("Yours, if you sent a usable one, else a new one.", "string"),
+    "Server-Timing": ("Milliseconds spent per stage, and in total.", "string"),
+    "Location": ("The address of what was written.", "string"),
+    "ETag": ("The version of the document, for If-Match.", "string"),
+    "Retry-After": ("Seconds to wait before trying again.", "integer"),
+}
+SENT = {  # in successful answers, beside what every answer has
+    "createLibrary": ["Location"],
+    "addDocument": ["Location", "ETag"],
+    "putDocument": ["Location", "ETag"],
+    "getDocument": ["ETag"],
+    "updateDocument": ["ETag"],
+}
+# only said, not listed: tools that read the document, schemathesis among them, refuse to send what they cannot write
+SENT_AS = "JSON, or the same as MessagePack: then with `Content-Type: application/msgpack`, where bytes need no base64."
+PAGE_NAME = re.compile(r"Page_pgshelf\.\w+\.(\w+)_")  # Litestar's; msgspec says Page_Library_
 
 
 class Reference(JsonRenderPlugin):
@@ -40,16 +156,42 @@ class Reference(JsonRenderPlugin):
 
 
 def completed(document: dict[str, Any]) -> dict[str, Any]:
-    """Put in what Litestar's own schemas leave out: unknown fields are refused, bounds of zero, examples, codes."""
-    schemas = document["components"]["schemas"]
-    _, exact = msgspec.json.schema_components(list(BODIES), ref_template="#/components/schemas/{name}")
-    schemas.update(exact)
-    for body, example in BODIES.items():
-        schemas[body.__name__]["examples"] = [example]
-    schemas["ProblemBody"]["properties"]["code"] = {"type": "string", "enum": sorted(CODES)}
-    operations = [item for methods in document["paths"].values() for item in methods.values()]
-    for operation in operations:
+    """Put in what Litestar's own schemas leave out; doing it twice does no harm."""
+    document["components"]["schemas"] = _schemas()
+    for operation in [item for methods in document["paths"].values() for item in methods.values()]:
         for parameter in operation.get("parameters", []):
             if parameter["in"] == "path":
                 parameter["example"] = PATHS[parameter["name"]]
+            parameter["description"] = PARAMETERS.get(parameter["name"], parameter["description"])
+        if "requestBody" in operation:
+            operation["requestBody"]["description"] = SENT_AS
+        for status, response in operation["responses"].items():
+            names = ["X-Request-Id", "Server-Timing"]
+            names += SENT.get(operation["operationId"], []) if int(status) < 400 else []
+            names += ["Retry-After"] if int(status) in RETRY_AFTER else []
+            response["headers"] = {
+                name: {"description": HEADERS[name][0], "schema": {"type": HEADERS[name][1]}} for name in names
+            }
+            _also_msgpack(response.get("content") or {})
     return document
+
+
+def _schemas() -> dict[str, Any]:
+    """What msgspec says of the structs: unknown fields are refused, bounds of zero, descriptions, enums."""
+    structs = [*BODIES, *ANSWERS, *PAGES]
+    _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    for struct, example in (BODIES | ANSWERS).items():
+        schemas[struct.__name__]["examples"] = [example]
+    for name, schema in schemas.items():
+        for field, text in SHARED.get(name.partition("_")[0], {}).items():
+            schema["properties"][field]["description"] = text
+    schemas["ProblemBody"]["properties"]["code"]["enum"] = sorted(CODES)
+    return schemas
+
+
+def _also_msgpack(content: dict[str, Any]) -> None:
+    """Whatever is JSON may be MessagePack, but for problems."""
+    if "application/json" in content:
+        schema = content["application/json"]["schema"]
+        schema["$ref"] = PAGE_NAME.sub(r"Page_\1_", schema["$ref"])
+        content["application/msgpack"] = {"schema": dict(schema)}

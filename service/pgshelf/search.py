@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 from litestar import Router, post
 from litestar.params import JSONBody
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 
 from pgshelf import database, limits
@@ -23,47 +23,71 @@ Part = Literal["text", "metadata", "document", "embedding"]
 
 
 class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """What to look for: `query`, which the library's embedder turns into a vector, or `vector`."""
+    """What to look for: either `query`, which the library's embedder turns into a vector, or `vector`."""
 
-    query: Annotated[str, Meta(min_length=1, examples=["how do I reclaim space"])] | None = None
-    vector: Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None = None
-    mode: Literal["vector", "text", "hybrid"] | None = None
-    k: Annotated[int, Meta(ge=1)] = 10
-    offset: Annotated[int, Meta(ge=0)] = 0
-    max_distance: float | None = None
-    min_score: float | None = None
-    include: list[Part] = msgspec.field(default_factory=lambda: ["text", "metadata", "document"])
-    exact: bool = True
+    query: Annotated[
+        Annotated[str, Meta(min_length=1, examples=["how do I reclaim space"])] | None,
+        Meta(description="A text, at most PGSHELF_MAX_QUERY_LENGTH (10000) characters; needs an embedder."),
+    ] = None
+    vector: Annotated[
+        Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None,
+        Meta(description="Numbers, or their little-endian float32 bytes (base64 in JSON), of the library's dimension."),
+    ] = None
+    mode: Annotated[
+        Literal["vector", "text", "hybrid"] | None,
+        Meta(
+            description="`vector` if absent; in this version `text` and `hybrid` are answered with 422 mode_unavailable."
+        ),
+    ] = None
+    k: Annotated[
+        Annotated[int, Meta(ge=1)], Meta(description="How many hits at most; PGSHELF_MAX_K (1000) is the limit.")
+    ] = 10
+    offset: Annotated[
+        Annotated[int, Meta(ge=0)], Meta(description="How many hits to skip; PGSHELF_MAX_OFFSET (10000) is the limit.")
+    ] = 0
+    max_distance: Annotated[float | None, Meta(description="Leave out hits farther away than this.")] = None
+    min_score: Annotated[float | None, Meta(description="Leave out hits with a lower score.")] = None
+    include: Annotated[
+        list[Part],
+        Meta(description="What each hit carries.", extra_json_schema={"default": ["text", "metadata", "document"]}),
+    ] = msgspec.field(default_factory=lambda: ["text", "metadata", "document"])
+    exact: Annotated[bool, Meta(description="Every search is exact in this version, whatever is sent.")] = True
 
 
 class HitDocument(msgspec.Struct):
     """The document that a hit belongs to."""
 
-    title: str | None
-    source: str | None
-    metadata: dict[str, Any]
+    title: Annotated[str | None, Meta(description="Its title.")]
+    source: Annotated[str | None, Meta(description="Where it comes from.")]
+    metadata: Annotated[dict[str, Any], Meta(description="The document's metadata.")]
 
 
 class Hit(msgspec.Struct):
-    """A chunk that was found: `score` is better when higher, `distance` is the metric's own."""
+    """A chunk that was found."""
 
-    chunk_id: UUID
-    document_id: UUID
-    key: str | None
-    ordinal: int
-    score: float
-    distance: float
-    text: str | msgspec.UnsetType = msgspec.UNSET
-    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    document: HitDocument | msgspec.UnsetType = msgspec.UNSET
-    embedding: list[float] | msgspec.UnsetType = msgspec.UNSET
+    chunk_id: Annotated[UUID, Meta(description="The chunk.")]
+    document_id: Annotated[UUID, Meta(description="Its document.")]
+    key: Annotated[str | None, Meta(description="The document's key.")]
+    ordinal: Annotated[int, Meta(description="The chunk's place in its document.")]
+    score: Annotated[float, Meta(description="Better when higher, whatever the metric.")]
+    distance: Annotated[float, Meta(description="Better when lower; the metric's own.")]
+    text: Annotated[str | UnsetType, Meta(description="The passage; with `text` in `include`.")] = UNSET
+    metadata: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="The chunk's metadata; with `metadata` in `include`.")
+    ] = UNSET
+    document: Annotated[
+        HitDocument | UnsetType, Meta(description="About its document; with `document` in `include`.")
+    ] = UNSET
+    embedding: Annotated[list[float] | UnsetType, Meta(description="Its vector; with `embedding` in `include`.")] = (
+        UNSET
+    )
 
 
 class SearchAnswer(msgspec.Struct):
-    """Hits, best first; ties are in the order of the chunk ids."""
+    """What was found."""
 
-    hits: list[Hit]
-    took_ms: float
+    hits: Annotated[list[Hit], Meta(description="Best first; ties are in the order of the chunk ids.")]
+    took_ms: Annotated[float, Meta(description="Milliseconds in the server, the embedding of the query included.")]
 
 
 # the statement that pgshelf.search executes, by calling it
@@ -75,6 +99,7 @@ STATEMENT = """select * from pgshelf.search(
     "/libraries/{library:str}/search",
     status_code=200,
     responses=problems(404, 413, 415, 422, 502),
+    response_description="The hits, maybe none",
     summary="Search a library",
     operation_id="search",
 )

@@ -102,7 +102,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         try:
             return msgspec.convert(values, cls, dec_hook=_decode)
         except (msgspec.ValidationError, ValueError) as error:
-            raise SettingsError(str(error)) from None
+            message, _, path = str(error).partition(" - at `$.")
+            raise SettingsError(f"{path.rstrip('`')}: {message}" if path else message) from None
 
     def summary(self) -> dict[str, str]:
         """Every setting as text, secrets masked: what `serve` prints at its start."""
@@ -127,8 +128,9 @@ def masked(url: str) -> str:
         parts = urlsplit(url)
         if not parts.scheme or "password" in parts.query.lower():
             return "***"
-        host = parts.netloc.rpartition("@")[2]
-        user = parts.netloc.rpartition("@")[0].partition(":")[0]
+        account, _, host = parts.netloc.rpartition("@")
+        user, _, password = account.partition(":")
     except ValueError:
         return "***"
-    return urlunsplit((parts.scheme, f"{user}:***@{host}" if user else host, parts.path, parts.query, ""))
+    shown = f"{user}:***" if password else user
+    return urlunsplit((parts.scheme, f"{shown}@{host}" if account else host, parts.path, parts.query, ""))

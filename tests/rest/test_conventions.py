@@ -114,8 +114,8 @@ async def test_a_slash_at_the_end_is_another_address(client: httpx2.AsyncClient)
     for method in ("GET", "DELETE", "PATCH"):
         problem(await client.request(method, f"{SHELF}/", json={}), 404, "route_not_found")
     for dots in (".", ".."):
-        problem(await client.post("/v1/libraries", json={"name": dots}), 400)
-        problem(await client.post(f"{SHELF}/documents", json={"key": dots, "text": "x"}), 400)
+        problem(await client.post("/v1/libraries", json={"name": dots}), 400, "validation_failed")
+        problem(await client.post(f"{SHELF}/documents", json={"key": dots, "text": "x"}), 400, "validation_failed")
     assert ok(await client.get(SHELF))["name"] == "shelf"
 
 

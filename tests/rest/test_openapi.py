@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
 import httpx2
+import jsonschema_rs
+import msgspec
 
-from pgshelf.errors import CODES
+from pgshelf.errors import CODES, RETRY_AFTER
 from tests.rest.asking import chunks, ok
 
 ORDER = [  # each needs what those before it made
@@ -27,6 +30,18 @@ def operations(document: dict[str, Any]) -> dict[str, tuple[str, str, dict[str, 
     by_id = {item["operationId"]: (path, method, item) for path, method, item in found}
     assert len(by_id) == len(found)
     return by_id
+
+
+def check(document: dict[str, Any], name: str, value: Any) -> None:
+    """Refuse what does not fit the component's schema, or holds what the schema does not name."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    jsonschema_rs.Draft202012Validator(schema, validate_formats=True).validate(value)
+    assert set(value) <= set(document["components"]["schemas"][name]["properties"]), name
+
+
+def component(media: dict[str, Any]) -> str:
+    found: str = media["schema"]["$ref"].rpartition("/")[2]
+    return found
 
 
 def example(document: dict[str, Any], operation: dict[str, Any]) -> Any:
@@ -57,11 +72,61 @@ async def test_examples_work_as_they_stand(client: httpx2.AsyncClient, database_
         body = example(described, item) if "requestBody" in item else None
         response = await client.request(method.upper(), path, json=body)
         assert response.is_success, (name, response.text)
-        assert str(response.status_code) in item["responses"], name
+        said = item["responses"][str(response.status_code)]
+        assert {header.lower() for header in said["headers"]} <= set(response.headers), name
+        assert {"etag", "location"} & set(response.headers) <= {header.lower() for header in said["headers"]}, name
+        if response.content:
+            check(described, component(said["content"]["application/json"]), response.json())
         if name == "listChunks":
             chunk = response.json()["items"][0]["id"]
         if name == "search":
             assert response.json()["hits"]
+
+
+async def test_everything_is_described(client: httpx2.AsyncClient) -> None:
+    described = await document(client)
+    for name, schema in described["components"]["schemas"].items():
+        assert schema["description"], name
+        for field, what in schema["properties"].items():
+            assert what.get("description"), f"{name}.{field}"
+    for name, (_, _, item) in operations(described).items():
+        for status, response in item["responses"].items():
+            assert response["description"] not in ("", HTTPStatus(int(status)).description), (name, status)
+            assert {"X-Request-Id", "Server-Timing"} <= set(response["headers"]), (name, status)
+            assert ("Retry-After" in response["headers"]) == (int(status) in RETRY_AFTER), (name, status)
+            for media in response.get("content", {}).values():
+                assert component(media) in described["components"]["schemas"], (name, status)
+
+
+async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient) -> None:
+    described = await document(client)
+    schemas = described["components"]["schemas"]
+    answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
+    assert answers <= {name for name in schemas if "examples" in schemas[name]}
+    for name, schema in schemas.items():
+        for value in schema.get("examples", []):
+            check(described, name, value)
+
+
+async def test_what_answers_may_say_is_listed(client: httpx2.AsyncClient) -> None:
+    schemas = (await document(client))["components"]["schemas"]
+    assert schemas["Library"]["properties"]["metric"]["enum"] == ["cosine", "inner_product", "l1", "l2"]
+    assert schemas["EmbedderUsed"]["properties"]["provider"]["enum"] == ["local", "none"]
+    for name in ("Document", "Chunk"):
+        assert schemas[name]["properties"]["status"]["enum"] == ["failed", "pending", "ready"]
+    assert schemas["SearchRequest"]["properties"]["include"]["default"] == ["text", "metadata", "document"]
+
+
+async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.AsyncClient) -> None:
+    described = await document(client)
+    for name, (_, _, item) in operations(described).items():
+        assert "MessagePack" in item.get("requestBody", {"description": "MessagePack"})["description"], name
+        for status, response in item["responses"].items():
+            if int(status) < 300 and status != "204":
+                assert set(response["content"]) == {"application/json", "application/msgpack"}, (name, status)
+    response = await client.get("/v1/libraries", headers={"Accept": "application/msgpack"})
+    assert response.headers["content-type"] == "application/msgpack"
+    check(described, "Page_Library_", msgspec.msgpack.decode(response.content))
 
 
 async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
+
 from pgshelf import migrate
 
 DOCUMENT = {"chunks": [{"text": "one", "embedding": [1.0, 0.0]}]}
