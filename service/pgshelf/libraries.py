@@ -88,7 +88,7 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     dimension: Annotated[
         Dimension | None,
         Meta(
-            description="Numbers per vector. Required with embedder `none`; equal to embedder.dimension if both are there."
+            description="Numbers per vector. Required with embedder `none`; equals embedder.dimension if both are sent."
         ),
     ] = None
     metric: Annotated[Metric, Meta(description="How the distance of two vectors is measured.")] = "cosine"

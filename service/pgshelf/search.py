@@ -35,9 +35,7 @@ class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
     ] = None
     mode: Annotated[
         Literal["vector", "text", "hybrid"] | None,
-        Meta(
-            description="`vector` if absent; in this version `text` and `hybrid` are answered with 422 mode_unavailable."
-        ),
+        Meta(description="`vector` if absent; `text` and `hybrid` answer 422 mode_unavailable in this version."),
     ] = None
     k: Annotated[
         Annotated[int, Meta(ge=1)], Meta(description="How many hits at most; PGSHELF_MAX_K (1000) is the limit.")
