@@ -303,7 +303,7 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
     from pgshelf import demo
     from pgshelf_client import Client
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends as it does with Ctrl-C
+    told = _exit_when_told()
     console, settings, library = Console(highlight=False), _settings(port=port), "python-docs"
     url, sensible = f"http://127.0.0.1:{settings.port}", 0
     console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")
@@ -320,9 +320,24 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
         console.print(demo.how_to_go_on(url, psql, library), markup=False, soft_wrap=True)
         if keep:
             with contextlib.suppress(KeyboardInterrupt):
-                process.wait()
+                while process.poll() is None and not told.is_set():
+                    time.sleep(0.2)
+    if told.is_set():
+        raise SystemExit(143)
     if sensible < len(demo.QUESTIONS):
         raise Failure("some questions found nothing sensible")
+
+
+def _exit_when_told() -> threading.Event:
+    """End on SIGTERM as on Ctrl-C, with what was started; set in case that the exception got lost on its way."""
+    told = threading.Event()
+
+    def end(*_: object) -> None:
+        told.set()
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, end)
+    return told
 
 
 @contextlib.contextmanager

@@ -226,8 +226,12 @@ def fill(client: Client, library: str, console: Console) -> None:
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(4) as pool:
         task = progress.add_task("chunks", total=sum(len(document["chunks"]) for document in documents))
-        for document in pool.map(lambda document: client.add_document(library, **document), documents):
-            progress.advance(task, document.chunks.total if document.chunks else 0)
+        try:
+            for document in pool.map(lambda document: client.add_document(library, **document), documents):
+                progress.advance(task, document.chunks.total if document.chunks else 0)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C shall not wait for what has not begun
+            raise
     stats = client.library_stats(library)
     console.print(f"  {stats.documents} documents, {stats.chunks} chunks, {stats.bytes / 1e6:.1f} MB in PostgreSQL")
 
