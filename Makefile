@@ -42,7 +42,7 @@ check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 	@$(PY) sdk/generate.py --check
 
 bench: .venv/dev.stamp ## run every file in benchmarks/ and print its figures
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
+	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS); done
 
 soak: .venv/dev.stamp ## fifty kills -9 while clients write, then MINUTES=30 of schemathesis; seeds are printed
 	@echo "== kills -9 of the service and of PostgreSQL while clients write"

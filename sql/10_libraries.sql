@@ -56,8 +56,9 @@ begin
   end if;
 end $$;
 
--- Hides a library at once. Its rows are reaped by the worker, unless somebody's table references documents: then they
--- go in this very transaction, so that a reference refuses (23503) exactly as it does for a single document.
+-- Hides a library at once. A shelf of its own is dropped whole afterwards, so no chunk of it need be deleted. Its documents are
+-- reaped by the worker, unless somebody's table references documents: then they go in this very transaction, so that a
+-- reference refuses (23503) exactly as it does for a single document.
 create or replace function pgshelf.delete_library(p_library text) returns void
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -65,6 +66,9 @@ declare
   v_id uuid := (pgshelf.library_named(p_library)).id;
 begin
   perform pgshelf.lock_library(v_id);
+  insert into pgshelf.retired_shelves (shelf) select x.shelf from pgshelf.libraries l
+    cross join lateral (values (l.shelf), (l.moving_to)) x(shelf) where l.id = v_id and x.shelf <> 0;
+  update pgshelf.libraries l set shelf = 0, moving = 0, moving_to = null, index_actual = '{"type": "flat"}' where l.id = v_id;
   if exists (select 1 from pg_constraint c where c.contype = 'f' and c.confrelid = 'pgshelf.documents'::regclass) then
     delete from pgshelf.documents d where d.library_id = v_id;
   end if;
@@ -94,6 +98,11 @@ begin
           and not exists (select 1 from pgshelf.documents d where d.library_id = x.id) for update skip locked);
       get diagnostics v_rows = row_count;
       v_gone := v_gone + v_rows;
+      if v_rows > 0 then
+        delete from pgshelf.terms t where t.library_id = v_library;
+        delete from pgshelf.word_statistics w where w.library_id = v_library;
+        delete from pgshelf.move_log m where m.library_id = v_library;
+      end if;
     exception when foreign_key_violation then
       -- tried again later: the reference may be gone by then
       update pgshelf.libraries l set deleted_at = now() + interval '1 minute' where l.id = v_library;

@@ -1,6 +1,7 @@
 -- What a foreign key and a type modifier would do elsewhere; the reasons stand in docs/architecture.md.
 
--- A chunk needs its document, and its vector needs the dimension of the library. Fires for every shelf.
+-- A chunk needs its document, and its vector needs the dimension of the library; without one it waits for the worker.
+-- Fires for every shelf.
 create or replace function pgshelf.chunk_written() returns trigger
   language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -16,10 +17,35 @@ begin
       message = format('document %s does not exist in library %s', new.document_id, new.library_id);
   end if;
   if new.embedding is null then
+    perform pgshelf.library_waits(new.library_id, new.embed_after);
     return null;
   end if;
   perform pgshelf.check_vector(new.embedding, v_dimension, v_metric, format('of chunk %s', new.ordinal));
   return null;
+end $$;
+
+-- A chunk that shall be tried sooner than it was to be: after a failure, or because somebody said so with an update.
+create or replace function pgshelf.chunk_waits() returns trigger
+  language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pgshelf.library_waits(new.library_id, new.embed_after);
+  return null;
+end $$;
+
+-- Notes that a library holds a chunk to embed, from p_due on. The note commits with the chunk or not at all, and it is this
+-- transaction's own: writers of one library do not wait for each other here, and a claim removes none that it has not seen.
+create or replace function pgshelf.library_waits(p_library uuid, p_due timestamptz) returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- what was given up waits for nothing; of many chunks written together the first speaks for all
+  if coalesce(p_due, 'infinity') = 'infinity' or exists (select 1 from pgshelf.waiting w
+    where w.library_id = p_library and w.xid = pg_current_xact_id() and w.due <= p_due) then
+    return;
+  end if;
+  insert into pgshelf.waiting as w (library_id, xid, due) values (p_library, pg_current_xact_id(), p_due)
+    on conflict on constraint waiting_pkey do update set due = least(w.due, excluded.due);
 end $$;
 
 -- What a vector must be, said once, for rows and for queries. Squares of a norm outside 1e-15 .. 1e15 leave float4.
@@ -63,6 +89,7 @@ begin
       execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', v_shelf)
         using v_gone.library_id, v_gone.ids;
     end loop;
+    delete from pgshelf.attribute_values v where v.library_id = v_gone.library_id and v.document_id = any (v_gone.ids);
     if v_library.moving = 1 then
       insert into pgshelf.move_log (library_id, document_id) select v_gone.library_id, unnest(v_gone.ids);
     end if;

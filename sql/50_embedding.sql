@@ -2,31 +2,68 @@
 
 -- Takes up to p_limit pending chunks of one library, that of the chunk that has waited longest, for p_lease; another
 -- worker may have them when the lease is over. It changes nothing that a promotion must hear of, and so takes no locks.
+-- Only libraries in `waiting` that are due are looked at: shelves where nothing waits cost nothing, however many there are.
 create or replace function pgshelf.claim_pending(p_limit int, p_lease interval)
   returns table (library_id uuid, embedder jsonb, chunk_id uuid, text text, attempts int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+  v_seen uuid[] := '{}';
+  v_library uuid;
   v_shelf int;
+  v_claimed boolean;
 begin
-  for v_shelf in select distinct l.shelf from pgshelf.libraries l where l.deleted_at is null order by 1 loop
-    return query execute format($sql$
-      with first as (select c.library_id from pgshelf.chunks_s%1$s c join pgshelf.libraries l on l.id = c.library_id
-          where c.embedding is null and c.embed_after <= now() and l.shelf = %1$s and l.deleted_at is null
-          order by c.embed_after limit 1),
-      mine as (select c.library_id, c.document_id, c.ordinal, c.place, c.shelf from pgshelf.chunks_s%1$s c, first f
-          where c.library_id = f.library_id and c.embedding is null and c.embed_after <= now()
-          order by c.embed_after limit $1 for update of c skip locked)
-      update pgshelf.chunks_s%1$s c set embed_after = now() + $2, embed_attempts = c.embed_attempts + 1
-        from mine m, pgshelf.libraries l
-        where (c.library_id, c.document_id, c.ordinal, c.place, c.shelf) = (m.library_id, m.document_id, m.ordinal, m.place, m.shelf)
-          and l.id = c.library_id
-        returning c.library_id, l.embedder, c.id, c.text, c.embed_attempts $sql$, v_shelf) using p_limit, p_lease;
+  -- every shelf that is looked at stays locked until the transaction ends, so their number is bounded; the next claim goes on
+  while cardinality(v_seen) < 32 loop
+    select w.library_id into v_library from pgshelf.waiting w
+      where w.due <= now() and w.library_id <> all (v_seen) order by w.due limit 1;
+    exit when not found;
+    select l.shelf into v_shelf from pgshelf.libraries l where l.id = v_library and l.deleted_at is null;
     if found then
+      return query execute format($sql$
+        with mine as (select c.library_id, c.document_id, c.ordinal, c.place, c.shelf
+          from pgshelf.chunks_s%1$s c, pgshelf.libraries l
+          where l.id = $3 and l.shelf = %1$s and c.library_id = $3 and c.embedding is null and c.embed_after <= now()
+          order by c.embed_after limit $1 for update of c skip locked)
+        update pgshelf.chunks_s%1$s c set embed_after = now() + $2, embed_attempts = c.embed_attempts + 1
+          from mine m, pgshelf.libraries l
+          where (c.library_id, c.document_id, c.ordinal, c.place, c.shelf) = (m.library_id, m.document_id, m.ordinal, m.place, m.shelf)
+            and l.id = c.library_id
+          returning c.library_id, l.embedder, c.id, c.text, c.embed_attempts $sql$, v_shelf) using p_limit, p_lease, v_library;
+    end if;
+    v_claimed := found;
+    perform pgshelf.look_again(v_library, v_shelf);
+    exit when v_claimed;
+    v_seen := v_seen || v_library;
+  end loop;
+end $$;
+
+-- Replaces what `waiting` says of a library by one row: when its oldest pending chunk is due; by none when it has none.
+-- The order matters: rows first, then the chunks. Whoever wrote a row that is seen had committed, so the look, with a later
+-- snapshot, meets the chunk too; whoever commits after the rows were read has a row of his own, which is not removed. Rows are
+-- locked because two claims at once could otherwise each remove what the other relies on; one that is locked is left to its holder.
+create or replace function pgshelf.look_again(p_library uuid, p_shelf int) returns void
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows xid8[] := array(select w.xid from pgshelf.waiting w where w.library_id = p_library for update skip locked);
+  v_there boolean;
+  v_due timestamptz;
+begin
+  if p_shelf is not null then
+    -- shelf and chunks in one snapshot: a library that has moved in between is left for the next claim
+    execute format($sql$
+      select (select l.shelf = %1$s from pgshelf.libraries l where l.id = $1),
+        (select min(c.embed_after) from pgshelf.chunks_s%1$s c
+          where c.library_id = $1 and c.embedding is null and c.embed_after < 'infinity') $sql$, p_shelf)
+      into v_there, v_due using p_library;
+    if v_there is not true then
       return;
     end if;
-  end loop;
+  end if;
+  delete from pgshelf.waiting w where w.library_id = p_library and w.xid = any (v_rows);
+  perform pgshelf.library_waits(p_library, v_due);
 end $$;
 
 -- Locks the documents of some chunks in the order of their ids, as a writer of each of them does: no deadlock.

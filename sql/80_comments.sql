@@ -7,12 +7,39 @@ comment on view pgshelf.chunks_view is 'Every chunk with the name of its library
 comment on column pgshelf.chunks_view.status is 'ready; pending: waits for its vector; failed: given up, see pending_embeddings.error.';
 comment on view pgshelf.pending_embeddings is 'Chunks that wait for a vector, how often it was tried and why it failed.';
 
-comment on function pgshelf.search(text, @vector@.vector, int, int, float8, float8, text[]) is
-  'The nearest chunks of a library to a vector, best first: select * from pgshelf.search(''handbook'', :embedding, k => 10). '
+comment on function pgshelf.search is
+  'The nearest chunks of a library to a vector, best first: select * from pgshelf.search(''handbook'', :embedding, k => 10, filter => ''{"year": {"$gte": 2020}}''). '
   'The library is a name or an id; include names what to return: text, metadata, document, embedding.';
+comment on function pgshelf.search_text is
+  'The chunks of a library that hold words of a query, best first by BM25: select * from pgshelf.search_text(''handbook'', ''vacuum "dead rows" -index''). '
+  'Words are ORed; a "phrase" must be there, -word must not, prefix* stands for all words that begin so. include may name highlight.';
+comment on function pgshelf.search_hybrid is
+  'Both at once: chunks near to a vector and chunks that hold the words, fused by their ranks (rrf) or by their scores (weighted).';
+comment on function pgshelf.explain_search is
+  'Runs a search and tells its strategy, statement, plan, rows_removed by the filter, and recall: the share of the true nearest k that it finds.';
+comment on function pgshelf.total_hits is
+  'How many chunks match a filter and have a vector or, given a query, hold its words.';
 comment on function pgshelf.put_document(text, text, text, text[], jsonb, @vector@.vector[], jsonb[], text) is
   'Inserts or replaces the document of a key in the caller''s transaction; the worker embeds chunks that bring no vector. Returns its id.';
 comment on function pgshelf.delete_document(text, text, bigint) is
   'Deletes a document, named by its key or its id, with its chunks; a given version must be the current one.';
 comment on function pgshelf.library_stats(uuid) is
   'Numbers of the library of an id; libraries_overview shows them for all. Bytes are those of its rows, without indexes.';
+
+comment on view pgshelf.index_status is 'The index of every library: wanted, actual (what searches use), state, progress from 0 to 1 and phase while it is built.';
+comment on column pgshelf.index_status.rows is 'About how many chunks its own shelf has; null on shelf 0, see libraries_overview.';
+comment on column pgshelf.index_status.valid is 'Whether PostgreSQL uses the index; null where there is none. What is not valid is built again by itself.';
+comment on function pgshelf.library_index(uuid) is 'The index of the library of an id; index_status shows them for all.';
+comment on function pgshelf.index_recall(text, int, int) is
+  'Measures how well the index of a library finds, against exact search for vectors of its own: select * from pgshelf.index_recall(''handbook''). '
+  'found_self below 1 after many updates: reindex index concurrently pgshelf.chunks_s..._v...; see index_status.';
+
+comment on function pgshelf.facets is
+  'How many documents have which value, most frequent first: select * from pgshelf.facets(''handbook'', ''{year,lang}'', ''{"$title": {"$ilike": "vac%"}}''). '
+  'Attributes are fields of the documents'' metadata or columns such as $source; the elements of an array count one by one.';
+comment on function pgshelf.count_documents is 'How many documents of a library match a filter.';
+comment on function pgshelf.update_documents is
+  'Changes the metadata of all documents that match a filter by a merge patch (RFC 7396) and returns how many; dry_run only counts. '
+  'When more than max_affected match, nothing is changed and an error (PS021) is raised.';
+comment on function pgshelf.delete_documents is
+  'Deletes all documents that match a filter, with their chunks, and returns how many; dry_run and max_affected as in update_documents.';

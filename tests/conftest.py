@@ -21,6 +21,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.cohere_server import CohereServer
 from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose, docker_answers, start_server
 
 READY_SECONDS = 60.0
@@ -36,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     schema = os.environ.get("PGSHELF_TEST_VECTOR_SCHEMA", "public")
     group.addoption("--vector-schema", default=schema, help="where pgvector is installed: public, extensions ...")
     group.addoption("--soak-minutes", type=float, default=0, help="how long schemathesis runs; 0: seconds")
+    group.addoption("--filters", type=int, default=300, help="how many filters are generated for each way to run them")
+    group.addoption("--filters-seed", type=int, default=None, help="repeats the generated filters of a run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -242,6 +245,13 @@ class LiveServer:
         except (ProcessLookupError, PermissionError):  # nothing left but perhaps a zombie
             pass
         self.process.wait()
+
+
+@pytest.fixture
+def cohere_server() -> Iterator[CohereServer]:
+    """Cohere's API on this machine: cohere_api_key=cohere_server.key, cohere_base_url=cohere_server.url."""
+    with CohereServer() as server:
+        yield server
 
 
 MakeLiveServer = Callable[..., LiveServer]

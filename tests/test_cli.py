@@ -27,6 +27,8 @@ from click.testing import CliRunner, Result
 import pgshelf
 from pgshelf import cli, embedded, migrate
 from pgshelf.cli import main
+from pgshelf_client import Client, Index, IndexEstimate
+from tests.cohere_server import CohereServer
 from tests.postgres import Server, on_database
 from tests.soak.crash import ended, workers_of
 
@@ -38,10 +40,10 @@ Run = Callable[..., Result]
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vector_schema: str) -> Run:
     """Runs a command in this process: run("doctor", url=..., PGSHELF_PORT="1")."""
 
-    def invoke(*arguments: str, url: str | None = None, **environment: str) -> Result:
+    def invoke(*arguments: str, url: str | None = None, color: bool = False, **environment: str) -> Result:
         known = {"PGSHELF_DATABASE_URL": url or "", "PGSHELF_VECTOR_SCHEMA": vector_schema}
         known |= {"PGSHELF_DATA_DIR": str(tmp_path / "data"), "PGSHELF_LOG_LEVEL": "error"}
-        return CliRunner().invoke(main, arguments, env=known | environment)
+        return CliRunner().invoke(main, arguments, env=known | environment, color=color)
 
     for name in [name for name in os.environ if name.startswith("PGSHELF_")]:
         monkeypatch.delenv(name)
@@ -217,10 +219,109 @@ def test_search_prints_hits_for_people_and_for_programs(run: Run, live_server: A
     assert result.stderr.startswith("pgshelf: ") and "'nothing'" in result.stderr
 
 
+def test_search_takes_the_options_of_a_search(run: Run, live_server: Any) -> None:
+    httpx2.post(f"{live_server.url}/v1/libraries", json={"name": "notes"}).raise_for_status()
+    for key, text, year in [
+        ("birds", "Penguins <b>swim</b> & dive\x1b[2J under the ice.", 2020),
+        ("bears", "Bears walk on the ice.\n\nThey hunt on the ice, too.", 2024),
+    ]:
+        body = {"chunks": [{"text": part} for part in text.split("\n\n")], "metadata": {"year": year}}
+        httpx2.put(f"{live_server.url}/v1/libraries/notes/documents/{key}", json=body).raise_for_status()
+
+    def search(*options: str, color: bool = False) -> Result:
+        result = run("search", "notes", "ice", "--url", live_server.url, *options, color=color)
+        assert result.exit_code == 0, result.output
+        return result
+
+    def found(*options: str) -> list[str]:
+        return [line.split(maxsplit=1)[1] for line in search(*options).stdout.splitlines()[::2]]
+
+    words = ("--mode", "text")
+    assert sorted(found(*words)) == ["bears #0", "bears #1", "birds #0"]
+    assert found(*words, "--filter", '{"year": {"$lt": 2024}}') == ["birds #0"]
+    assert sorted(line.split()[0] for line in found(*words, "--group-by-document")) == ["bears", "birds"]
+    assert found(*words, "--offset", "1", "-k", "1") == found(*words)[1:2]
+
+    birds = (*words, "--filter", '{"$key": "birds"}')
+    shown = search(*birds, color=True).stdout.splitlines()[1]
+    assert shown.strip() == "Penguins <b>swim</b> & dive[2J under the \x1b[1mice\x1b[0m."
+    assert "\x1b" not in search(*birds).stdout, "nothing is bold where the output is no terminal"
+    assert "under the ice" in search("--mode", "vector").stdout
+
+    told = search("--mode", "vector", "--explain").stdout
+    assert "\nhow: exact, recall 1.00 against exact search; 0 rows were looked at and did not match\nwith " in told
+    assert "\nhow: words; " in search(*words, "--explain").stdout
+    *hits, explanation = map(json.loads, search(*words, "--explain", "--json").stdout.splitlines())
+    assert len(hits) == 3 and "<mark>ice</mark>" in hits[0]["highlight"]
+    assert explanation["explain"]["strategy"] == "words"
+
+
+def test_search_reranks(run: Run, database_url: str, make_live_server: Any, cohere_server: CohereServer) -> None:
+    environment = {"PGSHELF_COHERE_API_KEY": cohere_server.key, "PGSHELF_COHERE_BASE_URL": cohere_server.url}
+    server = make_live_server(database_url, **environment)
+    write(server, "a")
+    result = run("search", "notes", "the text of a", "--rerank", "--url", server.url)
+    assert (result.exit_code, result.stdout.split()[:2]) == (0, ["1.000", "a"])
+    assert cohere_server.asked[0].body["query"] == "the text of a"
+
+
+@pytest.mark.parametrize("condition", ["{", "[1]", '"year"', ""])
+def test_search_refuses_a_filter_that_is_no_json_object(run: Run, condition: str) -> None:
+    result = run("search", "notes", "anything", "--filter", condition)
+    assert result.exit_code == 2
+    assert "--filter" in result.stderr and "needs a JSON object" in result.stderr
+
+
 def test_search_says_that_nobody_serves(run: Run) -> None:
     result = run("search", "notes", "anything", "--url", "http://127.0.0.1:1")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("pgshelf: ") and "127.0.0.1:1" in result.stderr
+
+
+# -- index
+
+
+def test_index_shows_and_changes_the_index(run: Run, live_server: Any) -> None:
+    write(live_server, "a")
+    here = ("--url", live_server.url)
+    result = run("index", "notes", *here)
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        0, ["wanted  auto", "in use  flat", "state   ready"]
+    )  # fmt: skip
+
+    result = run("index", "notes", "--type", "hnsw", "--storage", "vector", *here)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "wanted  hnsw, storage vector")
+    result = run("index", "notes", "--wait", *here)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "state   ready")
+    assert result.stdout.splitlines()[1].startswith("in use  hnsw, ")
+
+    result = run("index", "notes", "--type", "ivfflat", "--wait", *here)
+    assert result.stdout.splitlines()[-1] == "state   waiting for enough vectors, searched exactly so far"
+    index = json.loads(run("index", "notes", "--json", *here).stdout)
+    assert (index["wanted"], index["state"]) == ({"type": "ivfflat"}, "waiting")
+
+    result = run("index", "notes", "--type", "kdtree", *here)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pgshelf: 422 index_impossible: ")
+    result = run("index", "notes", "--storage", "bit", *here)
+    assert (result.exit_code, "--storage needs --type" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "status"),
+    [
+        ({"state": "building", "progress": 0.45}, "building, 45% done, about 6 s in all", 0),
+        ({"state": "failed", "error": "No space left."}, "failed: No space left.; it is tried again", 1),
+    ],
+)
+def test_index_says_how_far_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], said: str, status: int
+) -> None:
+    index = Index(wanted={"type": "hnsw"}, actual={"type": "flat"}, estimate=IndexEstimate(seconds=6.2), **state)
+    monkeypatch.setattr(Client, "get_index", lambda *_: index)
+    monkeypatch.setattr(Client, "wait_for_index", lambda *_, **options: index)
+    result = run("index", "notes", "--wait")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (status, f"state   {said}")
 
 
 # -- serve: what it refuses before it starts

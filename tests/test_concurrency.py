@@ -55,7 +55,9 @@ class Crowd:
         assert answer.status_code == (200 if key in self.kept else 201)
         self.kept[key] = texts
         assert await self.texts(reader, key) == texts, "a read does not see the write"
-        found = await self.ask(reader, "POST", "/v1/libraries/notes/search", json={"query": texts[-1], "k": 1})
+        found = await self.ask(
+            reader, "POST", "/v1/libraries/notes/search", json={"query": texts[-1], "k": 1, "mode": "vector"}
+        )
         assert found.json()["hits"][0]["score"] > 0.99, "a search does not see the write"
 
     async def delete_and_look(self, writer: httpx2.AsyncClient, reader: httpx2.AsyncClient, key: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psycopg
 import pytest
 
 from pgshelf.errors import CODES
 from pgshelf.settings import PREFIX, Settings
+from tests.cohere_server import CohereServer
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sql/README.md"]
@@ -31,7 +35,7 @@ def test_documented_defaults_are_true() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \| `?([^|`]+?)`? \|", text, re.MULTILINE))
     settings = Settings()
-    computed = {"database_url", "data_dir", "workers", "auto_migrate"}
+    computed = {"database_url", "data_dir", "workers", "auto_migrate", "cohere_api_key"}
     for name in set(Settings.__struct_fields__) - computed:
         shown, value = rows[name.upper()], getattr(settings, name)
         if isinstance(value, bool):
@@ -103,26 +107,106 @@ def test_the_example_of_the_sdk_runs(live_server: Any, capsys: pytest.CaptureFix
     assert "vacuum" in capsys.readouterr().out
 
 
-def test_the_examples_of_the_sql_guide_run(database_url: str, vector_schema: str) -> None:
+REQUEST = re.compile(r"^(GET|POST|PUT|PATCH|DELETE) (\S+)\n(.*?)(?:^→ (.*?)\n)?(?=^\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def contains(answer: Any, told: Any) -> bool:
+    """Whether an answer says what was told of it; objects may hold more."""
+    if isinstance(told, dict):
+        return isinstance(answer, dict) and all(name in answer and contains(answer[name], told[name]) for name in told)
+    if isinstance(told, list):
+        same = isinstance(answer, list) and len(answer) == len(told)
+        return same and all(contains(*pair) for pair in zip(answer, told, strict=True))
+    return bool(answer == told)
+
+
+def finds(answer: Any, told: str) -> bool:
+    if told.startswith("{"):
+        return contains(answer, json.loads(told))
+    return [hit["key"] for hit in answer["hits"]] == told.split(", ")
+
+
+def keys_that_match(client: httpx2.Client, filter: Any) -> str:
+    """The keys of the documents of `handbook` that a search by this filter finds, in the order of the alphabet."""
+    body = {"query": "rows", "mode": "vector", "filter": filter, "group_by": "document", "k": 100}
+    answer = client.post("/v1/libraries/handbook/search", json=body)
+    assert answer.status_code == 200, (filter, answer.text)
+    return ", ".join(sorted(hit["key"] for hit in answer.json()["hits"]))
+
+
+def test_the_examples_of_the_search_guide_run(
+    database_url: str, make_live_server: Any, cohere_server: CohereServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"PGSHELF_COHERE_API_KEY": cohere_server.key, "PGSHELF_COHERE_BASE_URL": cohere_server.url}
+    server = make_live_server(database_url, **environment)
+    requests = [request for block in blocks(ROOT / "docs/search.md", "http") for request in REQUEST.findall(block)]
+    wrong: list[Any] = []
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        for method, path, body, told in requests:
+            answer = client.request(method, path, json=json.loads(body) if body else None)
+            assert answer.status_code in (200, 201, 202), (path, body, answer.text)
+            if told and not finds(answer.json(), told):
+                wrong.append((path, body, told, answer.text))
+        text = (ROOT / "docs/search.md").read_text()
+        rows = re.findall(r"^\|.* \| `(\{.*\})` \| ?(.*?) ?\|$|^\| `(\{.*\})` \| ?(.*?) ?\|$", text, re.MULTILINE)
+        filters = [(one or two, first or second) for one, first, two, second in rows]
+        assert len(filters) == len(re.findall(r"^\|.*\{.*\|$", text, re.MULTILINE))
+        for filter, told in filters:
+            if (found := keys_that_match(client, json.loads(filter))) != told:
+                wrong.append((filter, told, found))
+    assert wrong == []
+    [python] = blocks(ROOT / "docs/search.md", "python")
+    exec(compile(python.replace("http://127.0.0.1:8432", server.url), "docs/search.md", "exec"), {})  # noqa: S102 - ours
+    printed = capsys.readouterr().out
+    assert "<mark>dead</mark> <mark>rows</mark>" in printed and printed.endswith("\n6 ready\n")
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A superuser's, with the role `analyst` and the library `three` of the SQL guide."""
     make = """insert into pgshelf.libraries (name, dimension, embedder, chunking)
       values ('three', 3, '{"provider": "none", "dimension": 3}', '{"size": 1200, "overlap": 0}')"""
-    grant, search, join, write = blocks(ROOT / "docs/sql.md", "sql")
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(make.encode())
-        put, delete = [part for part in write.split(";\n") if part.strip()]
-        connection.execute(put.replace("public.vector", f'"{vector_schema}".vector').encode())
-        hits = connection.execute(search.encode()).fetchall()
-        assert [(key, ordinal) for key, ordinal, *_ in hits] == [("ch-7", 0), ("ch-7", 1)]
-        create, select = [part for part in join.split(";\n") if part.strip()]
-        connection.execute(create.encode())
-        connection.execute("insert into contracts select 1, id, 'acme' from pgshelf.documents_view")
-        assert len(connection.execute(select.encode()).fetchall()) == 2
-        with pytest.raises(psycopg.errors.ForeignKeyViolation):
-            connection.execute(delete.encode())
-        connection.execute("drop table contracts")
-        connection.execute(delete.encode())
-        assert connection.execute(search.encode()).fetchall() == []
-        connection.execute("drop role if exists analyst")
-        connection.execute("create role analyst")
-        connection.execute(grant.encode())
-        connection.execute("drop role analyst")
+    with psycopg.connect(database_url, autocommit=True) as opened:
+        for statement in (make, "drop role if exists analyst", "create role analyst"):
+            opened.execute(statement.encode())
+        yield opened
+        opened.execute("reset role")
+        opened.execute("drop role analyst")
+
+
+def test_the_examples_of_the_sql_guide_run(connection: psycopg.Connection[Any], vector_schema: str) -> None:
+    grant, put, search, like, join, count, explain, write = blocks(ROOT / "docs/sql.md", "sql")
+
+    def run(script: str, role: str = "none") -> list[list[tuple[Any, ...]]]:
+        connection.execute(f"set role {role}".encode())
+        parts = re.split(r";\n", script.replace("public.vector", f'"{vector_schema}".vector'))
+        cursors = [connection.execute(part.encode()) for part in parts if part.strip()]
+        return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+
+    run(grant)
+    run(put)
+    near, words, both = run(search, "analyst")
+    assert [(key, ordinal) for key, ordinal, *_ in near] == [("ch-7", 0), ("ch-7", 1)]
+    assert [(key, ordinal) for key, ordinal, *_ in words] == [("ch-7", 0)]
+    assert "<mark>dead</mark> <mark>rows</mark>" in words[0][3]
+    assert len(both) == 3
+    assert [key for key, _ in run(like, "analyst")[0]] == ["ch-8"]
+
+    facets, documents, of_2026, with_vacuum = run(count, "analyst")
+    assert facets == [("year", 2024, 1), ("year", 2026, 1), ("lang", "en", 2)]
+    assert (documents, of_2026, with_vacuum) == ([(1,)], [(2,)], [(1,)])
+    how, status, recall = run(explain, "analyst")
+    assert how[0][:2] == ("exact", "1") and how[0][2] > 0
+    assert status == [("three", "auto", "flat", "ready", 1)]
+    assert recall == [(1, 1, 3)]
+
+    create, select = re.split(r"(?<=;)\n", join.strip(), maxsplit=1)
+    run(create + "\n")
+    connection.execute("insert into contracts select 1, id, 'acme' from pgshelf.documents_view where key = 'ch-7'")
+    assert [len(rows) for rows in run(select)] == [2]
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        run(write)
+    connection.execute("drop table contracts")
+    assert run(write)[2:] == [[(1,)], [(1,)]]
+    left = connection.execute("select key, title, metadata from pgshelf.documents_view").fetchall()
+    assert left == [("ch-8", "Row locks", {"lang": "en", "reviewed": True})]

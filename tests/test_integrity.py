@@ -15,6 +15,8 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from tests.postgres import Databases
+
 SHELVES = itertools.count(1)
 FENCE_LOCK = "select pg_advisory_xact_lock(x'6c6962'::int, hashtext(%s))"
 FENCE_ROW = "select 1 from pgshelf.libraries where id = %s for update"
@@ -207,6 +209,21 @@ def test_a_deleted_document_takes_the_chunks_of_its_own_shelf(main: Session, lib
     # what the move left behind counts nowhere and is reaped by whoever moved the library
     assert len(library.rows(shelf=0)) == 3
     assert main.one("select count(*) from pgshelf.chunks_view where library = %s", library.name) == 0
+
+
+@pytest.mark.parametrize(
+    "deletion", ["delete from pgshelf.documents where id = %s", "select pgshelf.delete_document(%s, %s)"]
+)
+def test_a_deleted_document_takes_its_attributes(main: Session, library: Library, deletion: str) -> None:
+    main.do("update pgshelf.libraries set attributes = %s where id = %s", Jsonb({"year": "number"}), library.id)
+    others = Library(main), library.put(main, "other")
+    for document in (library.document, others[1]):
+        main.do("update pgshelf.documents set metadata = %s where id = %s", Jsonb({"year": 2024}), document)
+    values = "select document_id, num from pgshelf.attribute_values where library_id = %s"
+    assert sorted(main.do(values, library.id)) == sorted([(library.document, 2024), (others[1], 2024)])
+    named = (library.document,) if deletion.startswith("delete") else (library.name, str(library.document))
+    main.do(deletion, *named)
+    assert main.do(values, library.id) == [(others[1], 2024)]
 
 
 def test_there_is_no_shelf_for_chance_rows(main: Session, library: Library) -> None:
@@ -595,6 +612,262 @@ def test_many_workers_share_the_work(only: list[Session]) -> None:
     with ThreadPoolExecutor(4) as threads:
         claimed = [row for batch in threads.map(work, only) for row in batch]
     assert len(claimed) == len(set(claimed)) == 402
+
+
+# -- which libraries a claim looks at
+
+WAITING = "select count(*)::int from pgshelf.waiting"
+LOOK = "select pgshelf.look_again(%s, %s)"
+TEXTS = "select text from pgshelf.claim_pending(100, '1 min')"
+GIVE_UP = "update pgshelf.chunks set embed_after = 'infinity' where embedding is null"
+LOOKED_AT = """select distinct (substring(relation::regclass::text from 'chunks_s([0-9]+)'))::int from pg_locks
+where pid = pg_backend_pid() and relation::regclass::text ~ 'chunks' order by 1"""
+MANY = 1000
+
+
+@pytest.fixture(scope="module")
+def many_shelves(databases: Databases) -> Iterator[Session]:
+    """A database of a thousand libraries on shelves of their own, with a document each and nothing that waits."""
+    url = databases.migrated()
+    made = Session(url)
+    partition = "create table pgshelf.chunks_s%s partition of pgshelf.chunks for values in (%1$s)"
+    for first in range(1, MANY, 100):  # each holds its locks until it commits
+        loop = f"for n in {first}..{first + 99} loop execute format('{partition}', n); end loop"
+        made.connection.execute(f"do $$ begin {loop}; end $$".encode())
+    made.do(
+        """insert into pgshelf.libraries (name, dimension, embedder, chunking, shelf)
+        select 'l' || n, 2, %s, '{}', n from generate_series(1, %s) n""",
+        Jsonb({"provider": "local", "dimension": 2}),
+        MANY,
+    )
+    made.do(
+        "select pgshelf.put_document(name, 'k', texts => '{a}', embeddings => '{\"[1,0]\"}') from pgshelf.libraries"
+    )
+    yield made
+    made.close()
+    databases.drop(url)
+
+
+def look(by: Session) -> tuple[list[str], list[int]]:
+    """Claim; the texts, and the shelves of which any table or index was opened."""
+    with by.connection.transaction():
+        return [text for (text,) in by.do(TEXTS)], [shelf for (shelf,) in by.do(LOOKED_AT)]
+
+
+@pytest.mark.xdist_group("many shelves")
+def test_a_claim_touches_no_shelf_where_nothing_waits(many_shelves: Session) -> None:
+    assert many_shelves.one(WAITING) == 0
+    assert look(many_shelves) == ([], [])
+    for shelf in (900, 3):
+        many_shelves.do("select pgshelf.put_document(%s, 'p', texts => array[%s])", f"l{shelf}", f"on {shelf}")
+    many_shelves.do("select pgshelf.put_document('l7', 'p', texts => '{later}')")
+    many_shelves.do("update pgshelf.chunks_s7 set embed_after = now() + '1 hour' where embedding is null")
+    many_shelves.do("select pgshelf.look_again(id, 7) from pgshelf.libraries where shelf = 7")
+    # what waited longest comes first, whatever the number of its shelf
+    assert look(many_shelves) == (["on 900"], [900])
+    assert look(many_shelves) == (["on 3"], [3])
+    assert look(many_shelves) == ([], [])
+    many_shelves.do("update pgshelf.chunks set embed_after = now() where text = 'on 900'")
+    assert look(many_shelves) == (["on 900"], [900])
+
+
+@pytest.mark.xdist_group("many shelves")
+def test_a_claim_looks_at_a_bounded_number_of_shelves(many_shelves: Session) -> None:
+    """After a long pause of every worker all leases are over at once; a transaction cannot hold a thousand shelves."""
+    many_shelves.do("delete from pgshelf.chunks where embedding is null")
+    many_shelves.do("delete from pgshelf.waiting")
+    many_shelves.do("insert into pgshelf.waiting select id, '3', now() from pgshelf.libraries where shelf <> 500")
+    many_shelves.do("select pgshelf.put_document('l500', 'p', texts => '{last}')")
+    seen: list[int] = []
+    texts: list[str] = []
+    while not texts:
+        texts, shelves = look(many_shelves)
+        assert 1 <= len(shelves) <= 32, "it looks at too many, or for ever"
+        seen += shelves
+    assert texts == ["last"]
+    assert sorted(seen) == list(range(1, MANY + 1))
+    assert many_shelves.one(WAITING) == 1
+
+
+@pytest.mark.parametrize("held", ["pgshelf.waiting", "pgshelf.chunks_s0"])
+def test_what_is_written_while_a_claim_looks_is_not_forgotten(only: list[Session], held: str) -> None:
+    writer, claimer, watcher, _ = only
+    library = Library(watcher)
+    watcher.do(GIVE_UP)
+    assert watcher.one(WAITING) == 1  # of the chunk that was given up
+    writer.do("begin")
+    library.put(writer, "new", "{new}", "{null}")
+    writer.do(f"lock table {held} in access exclusive mode")
+    answer = claimer.later(LOOK, library.id, 0)
+    blocked(watcher, claimer, answer)
+    writer.do("commit")
+    answer.result(10)
+    assert watcher.do(TEXTS) == [("new",)]
+
+
+def test_a_row_of_a_writer_outlives_the_claims_that_did_not_see_it(only: list[Session]) -> None:
+    writer, claimer, watcher, _ = only
+    library = Library(watcher)
+    watcher.do(GIVE_UP)
+    writer.do("begin")
+    library.put(writer, "new", "{new}", "{null}")
+    claimer.do("set lock_timeout = '2s'")  # neither waits for the other
+    assert claimer.do(TEXTS) == []
+    assert claimer.one(WAITING) == 0  # of those it could see
+    writer.do("commit")
+    assert claimer.do(TEXTS) == [("new",)]
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_claims_at_once_do_not_remove_what_the_other_relies_on(only: list[Session], end: str) -> None:
+    first, second, writer, _ = only
+    library = Library(writer)
+    first.do("begin")
+    assert first.do(TEXTS) == [("c",)]
+    library.put(writer, "new", "{new}", "{null}")
+    second.do("set lock_timeout = '2s'")
+    second.do("begin")
+    assert second.do(TEXTS) == [("new",)]
+    assert first.do(TEXTS) == []  # the other has it, and holds the row of its writer
+    second.do("commit")
+    first.do(end)
+    given_back = [("c",)] if end == "rollback" else []
+    assert second.do(TEXTS) == given_back
+    second.do("update pgshelf.chunks set embedding = '[1,1]' where text = 'new'")
+    # the lease of a worker that died; nobody else says that it is over
+    writer.do("set session_replication_role = replica")
+    for table in ("chunks set embed_after", "waiting set due"):
+        writer.do(f"update pgshelf.{table} = now() - '1 s'::interval")
+    assert second.do(TEXTS) == [("c",)]
+
+
+def test_a_library_is_noted_once_for_each_transaction_and_once_after_a_look(only: list[Session]) -> None:
+    owner = only[0]
+    library = Library(owner)
+    assert owner.one(WAITING) == 1
+    library.put(owner, "many", "{" + ",".join(map(str, range(50))) + "}", "{" + ",".join(["null"] * 50) + "}")
+    assert owner.one(WAITING) == 2
+    for n in range(20):
+        library.put(owner, f"k{n}", "{x}", "{null}")
+    library.put(owner, "ready", "{x}", '{"[1,0]"}')
+    assert owner.one(WAITING) == 22
+    assert len(owner.do(CLAIM, 10, "1 min")) == 10
+    # of the oldest chunk that is left, not of those that were claimed
+    oldest = "select min(embed_after) from pgshelf.chunks where embedding is null"
+    assert owner.do(f"select due = ({oldest}), due < now() from pgshelf.waiting") == [(True, True)]
+    assert len(owner.do(CLAIM, 100, "1 min")) == 61
+    assert owner.do(f"select due = ({oldest}), due > now() + '50 s' from pgshelf.waiting") == [(True, True)]
+    owner.do("update pgshelf.chunks set embedding = '[1,1]' where embedding is null")
+    owner.do("update pgshelf.waiting set due = now()")
+    assert owner.do(CLAIM, 100, "1 min") == []
+    assert owner.one(WAITING) == 0
+
+
+RETRIES = {
+    "put_document": ("select pgshelf.put_document(%s, 'k', texts => '{c}')", lambda library: (library.name,)),
+    "patch_chunk": (
+        "select pgshelf.patch_chunk(%s, %s, 'new', null, null)",
+        lambda library: (library.id, library.chunks[2]),
+    ),
+    "fail_embeddings": (  # of a worker that was slower than its lease
+        "select pgshelf.fail_embeddings(%s, %s, %s, 'no', '{0}')",
+        lambda library: (library.id, [library.chunks[2]], [digest("c")]),
+    ),
+    "update": ("update pgshelf.chunks set embed_after = now() where id = %s", lambda library: (library.chunks[2],)),
+    "embedding": ("update pgshelf.chunks set embedding = null where id = %s", lambda library: (library.chunks[0],)),
+    "insert": (
+        "insert into pgshelf.chunks (shelf, place, library_id, document_id, ordinal, text, language)"
+        " values (0, 1, %s, %s, 9, 'x', 'english')",
+        lambda library: (library.id, library.document),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", RETRIES)
+def test_whoever_makes_a_chunk_wait_again_is_heard(only: list[Session], way: str) -> None:
+    owner = only[0]
+    library = Library(owner)
+    owner.do(GIVE_UP)
+    assert owner.do(TEXTS) == []
+    assert owner.one(WAITING) == 0
+    statement, parameters = RETRIES[way]
+    owner.do(statement, *parameters(library))
+    assert len(owner.do(TEXTS)) == 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_shorter_wait_than_the_lease_is_heard_and_a_longer_one_costs_one_look(
+    only: list[Session], together: bool
+) -> None:
+    owner = only[0]
+    library = Library(owner)
+    wait = "select pgshelf.fail_embeddings(%s, %s, %s, 'no', array[%s]::float8[])"
+    owner.do("begin" if together else "select")
+    assert owner.do(TEXTS) == [("c",)]
+    owner.do(wait, library.id, library.chunks[2:], [digest("c")], 0.0)
+    owner.do("commit" if together else "select")
+    assert owner.do(TEXTS) == [("c",)]
+    owner.do(wait, library.id, library.chunks[2:], [digest("c")], 3600.0)
+    owner.do("update pgshelf.waiting set due = now()")  # the lease would be over
+    assert owner.do(TEXTS) == []
+    assert owner.do("select due > now() + '59 min' from pgshelf.waiting") == [(True,)]
+
+
+@pytest.mark.parametrize("end", ["rollback", "rollback to a", "kill"])
+def test_a_chunk_and_its_note_come_together_or_not_at_all(only: list[Session], end: str) -> None:
+    writer, watcher, *_ = only
+    library = Library(watcher)
+    watcher.do(GIVE_UP)
+    assert watcher.do(TEXTS) == []
+    writer.do("begin")
+    writer.do("savepoint a")
+    library.put(writer, "new", "{lost}", "{null}")
+    assert (writer.one(WAITING), watcher.one(WAITING)) == (1, 0)
+    if end == "kill":
+        watcher.do("select pg_terminate_backend(%s, 10000)", writer.connection.info.backend_pid)
+    else:
+        writer.do(end)
+    if end == "rollback to a":
+        library.put(writer, "new", "{kept}", "{null}")
+        writer.do("commit")
+    assert watcher.one(WAITING) == watcher.one("select count(*)::int from pgshelf.documents where key = 'new'")
+    assert watcher.do(TEXTS) == ([("kept",)] if end == "rollback to a" else [])
+
+
+def test_a_claim_that_is_killed_leaves_what_it_found(only: list[Session]) -> None:
+    claimer, watcher, *_ = only
+    Library(watcher)
+    before = watcher.do("select * from pgshelf.waiting")
+    claimer.do("begin")
+    assert claimer.do(TEXTS) == [("c",)]
+    assert claimer.do("select * from pgshelf.waiting") != before
+    watcher.do("select pg_terminate_backend(%s, 10000)", claimer.connection.info.backend_pid)
+    assert watcher.do("select * from pgshelf.waiting") == before
+    assert watcher.do(TEXTS) == [("c",)]
+
+
+def test_a_library_that_moves_under_a_look_is_left_for_the_next(only: list[Session]) -> None:
+    owner = only[0]
+    library = Library(owner)
+    shelf = add_shelf(owner)
+    copy(library, shelf)
+    owner.do("update pgshelf.libraries set shelf = %s where id = %s", shelf, library.id)
+    owner.do("delete from pgshelf.chunks_s0 where library_id = %s", library.id)
+    before = owner.one(WAITING)
+    owner.do(LOOK, library.id, 0)
+    assert owner.one(WAITING) == before > 0
+    assert owner.do(TEXTS) == [("c",)]
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_the_notes_of_a_deleted_library_go(only: list[Session], reaped: bool) -> None:
+    owner = only[0]
+    library, other = Library(owner), Library(owner)
+    owner.do("select pgshelf.delete_library(%s)", library.name)
+    while reaped and owner.one("select pgshelf.reap_deleted()"):
+        pass
+    assert owner.do("select library_id from pgshelf.claim_pending(100, '1 min')") == [(other.id,)]
+    assert owner.do("select library_id from pgshelf.waiting") == [(other.id,)]
 
 
 def test_vectors_of_texts_that_changed_are_not_stored(main: Session, session: MakeSession, library: Library) -> None:

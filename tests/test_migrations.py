@@ -10,22 +10,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 from psycopg import conninfo, sql
 
 from pgshelf import embedded, migrate
 from pgshelf.cli import main
+from pgshelf.tables import metadata
 from tests.postgres import Choice, Databases, Server, on_database, start_server
 
 ROLES = ("pgshelf_reader", "pgshelf_writer")
 CLONE = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 Connect = Callable[[str], psycopg.Connection[Any]]
+HEAD = migrate.head()
+REVISIONS = [script.revision for script in ScriptDirectory(str(migrate.resource("migrations"))).walk_revisions()][::-1]
+VERSION = "select version_num from pgshelf.alembic_version"
 
 
 class Cluster:
@@ -202,7 +208,7 @@ def gone(connection: psycopg.Connection[Any], pid: int, seconds: float = 20) -> 
 def test_every_way_gives_the_same_database(cluster: Cluster, command: Callable[..., Any]) -> None:
     by_cli, by_alembic, by_dba, by_alembic_sql = (cluster.database() for _ in range(4))
     done = command(by_cli, "pgshelf", "migrate")
-    assert (done.returncode, done.stdout) == (0, "the schema pgshelf is at revision 0001\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"the schema pgshelf is at revision {HEAD}\n"), done.stderr
     done = command(by_alembic, "alembic", "upgrade", "head")
     assert done.returncode == 0, done.stderr
     for url, words in (
@@ -217,7 +223,7 @@ def test_every_way_gives_the_same_database(cluster: Cluster, command: Callable[.
     assert "CREATE FUNCTION pgshelf.search(" in expected
     for url in (by_alembic, by_dba, by_alembic_sql):
         assert dump(url, "--schema-only") == expected
-        assert one(url, "select version_num from pgshelf.alembic_version") == migrate.head()
+        assert one(url, VERSION) == HEAD
         assert one(url, "select sql_hash from pgshelf.installation") == migrate.sql_hash()
 
 
@@ -235,7 +241,7 @@ def test_offline_downgrade_leaves_nothing(cluster: Cluster, command: Callable[..
     url = cluster.database()
     before, roles = everything(url), cluster.roles()
     migrate.upgrade(url)
-    script = command(None, "alembic", "downgrade", "0001:base", "--sql")
+    script = command(None, "alembic", "downgrade", f"{HEAD}:base", "--sql")
     assert script.returncode == 0, script.stderr
     done = psql(url, script.stdout)
     assert done.returncode == 0, done.stderr
@@ -261,8 +267,24 @@ def test_alembic_check_is_empty_and_silent(cluster: Cluster, command: Callable[.
     done = command(url, "alembic", "check")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "No new upgrade operations detected.\n"
-    execute(url, "alter table pgshelf.libraries add column unknown int")
-    assert "unknown" in command(url, "alembic", "check").stdout
+    for statement, named in (
+        ("alter table pgshelf.libraries add column unknown int", "unknown"),
+        ("alter table pgshelf.waiting alter column xid type text", "xid"),
+        ("drop index pgshelf.documents_sample_idx", "documents_sample_idx"),
+        ("alter index pgshelf.documents_metadata_idx rename to other_idx", "documents_metadata_idx"),
+        ("comment on column pgshelf.waiting.due is 'something else'", "something else"),
+    ):
+        execute(url, statement)
+        assert named in command(url, "alembic", "check").stdout
+
+
+def test_the_declared_sequences_are_there(cluster: Cluster) -> None:
+    url = cluster.database()
+    migrate.upgrade(url)
+    # alembic check does not compare them
+    found = rows(url, "select sequencename, data_type::text from pg_sequences where schemaname = 'pgshelf'")
+    declared = [each for each in metadata._sequences.values() if each.schema == "pgshelf"]
+    assert sorted(found) == sorted((each.name, str(each.data_type).lower()) for each in declared)
 
 
 def test_looking_changes_nothing(cluster: Cluster, command: Callable[..., Any]) -> None:
@@ -300,7 +322,8 @@ def test_sql_is_applied_again_when_only_it_differs(cluster: Cluster) -> None:
         url,
         "drop view pgshelf.documents_view",
         "drop function pgshelf.delete_document",
-        "create or replace function pgshelf.score_expression(p_metric text) returns text language sql as 'select null'",
+        "create or replace function pgshelf.merge_patch(p_target jsonb, p_patch jsonb) returns jsonb language sql"
+        " as 'select p_target'",
         "grant execute on function pgshelf.lock_library to public",
         "update pgshelf.installation set sql_hash = 'of an older version'",
     )
@@ -413,7 +436,7 @@ def test_an_application_is_left_alone(application: str, cluster: Cluster, comman
     assert outside(application) == before
     migrate.upgrade(application)
     assert one(application, "select version_num from public.alembic_version") == "9d1f00"
-    assert one(application, "select version_num from pgshelf.alembic_version") == "0001"
+    assert one(application, VERSION) == HEAD
     migrate.downgrade(application)
     assert outside(application) == before
 
@@ -441,26 +464,38 @@ def test_an_application_references_documents_and_joins_hits(application: str) ->
         execute(application, "insert into app.notes values (gen_random_uuid(), 'of nothing')")
 
 
+NOTES = "create table app.notes (document uuid references pgshelf.documents (id))"
+THEIRS = "create table pgshelf.theirs (id int)"
+USES = [
+    ("create view app.titles as select id, title from pgshelf.documents_view", "view app.titles"),
+    ("create view app.hits as select * from pgshelf.search('lib', '[1,0]')", "view app.hits"),
+    ("create view app.years as select pgshelf.moment('2024')", "view app.years"),
+    ("create table app.queue (like pgshelf.waiting, of pgshelf.waiting)", "app.queue"),
+    ("create view app.shelves as select shelf from pgshelf.retired_shelves", "view app.shelves"),
+    ("create function app.tell(library pgshelf.planes) returns int language sql as 'select 1'", "app.tell"),
+]
+
+
 @pytest.mark.parametrize(
-    ("statement", "named"),
+    ("revision", "statement", "named"),
     [
-        ("create table app.notes (document uuid references pgshelf.documents (id))", "notes_document_fkey"),
-        ("create view app.titles as select id, title from pgshelf.documents_view", "view app.titles"),
-        ("create view app.hits as select * from pgshelf.search('lib', '[1,0]')", "view app.hits"),
-        ("create table app.copies (of pgshelf.libraries)", "app.copies"),
-        ("create table pgshelf.theirs (id int)", "table pgshelf.theirs"),
+        *[(revision, *use) for revision in ["base", *REVISIONS[:-1]] for use in USES],
+        ("base", NOTES, "notes_document_fkey"),
+        ("base", THEIRS, "table pgshelf.theirs"),
+        ("base", "create table app.copies (of pgshelf.libraries)", "app.copies"),
     ],
 )
-def test_downgrade_refuses_what_would_break_others(application: str, statement: str, named: str) -> None:
+def test_downgrade_refuses_what_would_break_others(application: str, revision: str, statement: str, named: str) -> None:
     migrate.upgrade(application)
     library(application)
     put(application, "a")
     execute(application, statement)
     before = everything(application)
     with pytest.raises(migrate.MigrationError, match=rf"nothing was changed[\s\S]*{re.escape(named)}"):
-        migrate.downgrade(application)
+        migrate.downgrade(application, revision)
+    # not even the steps before the one that refuses
     assert everything(application) == before
-    assert one(application, "select version_num from pgshelf.alembic_version") == "0001"
+    assert one(application, VERSION) == HEAD
     assert rows(application, "select key from pgshelf.search('lib', '[1,0]')") == [("a",)]
 
 
@@ -474,6 +509,225 @@ def test_the_command_line_refuses_in_words(application: str, monkeypatch: pytest
     execute(application, "drop view app.titles")
     done = CliRunner().invoke(main, ["migrate", "--down-to", "base"])
     assert (done.exit_code, "back at base" in done.output) == (0, True)
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_what_no_step_breaks_is_no_reason_to_refuse(application: str, revision: str) -> None:
+    migrate.upgrade(application)
+    library(application)
+    document = put(application, "a")
+    execute(application, NOTES, f"insert into app.notes values ('{document}')", THEIRS)
+    migrate.downgrade(application, revision)
+    assert one(application, VERSION) == revision
+    assert rows(application, "select d.key from app.notes n join pgshelf.documents d on d.id = n.document") == [("a",)]
+    migrate.upgrade(application)
+    assert rows(application, "select key from pgshelf.search('lib', '[1,0]')") == [("a",)]
+
+
+# -- databases that hold something
+
+
+def at_first(url: str) -> None:
+    """A database as version 0001 left it: the tables and what sql/ was then."""
+    migrate.upgrade(url, "0001")
+    execute(
+        url,
+        (CLONE / "tests/sql_at_0001.sql").read_text().replace("@vector@", "public").replace("@vector_ident@", "public"),
+    )
+
+
+CONTENT = """
+select (select jsonb_agg(to_jsonb(d) order by d.id) from pgshelf.documents d),
+  (select jsonb_agg(jsonb_build_array(c.text, c.id, c.place, c.library_id, c.document_id, c.ordinal, c.metadata,
+     c.embedding, c.language, c.tsv, c.embed_attempts, c.embed_after, c.embed_error) order by c.id)
+   from pgshelf.chunks c join pgshelf.libraries l on l.id = c.library_id and l.shelf = c.shelf),
+  (select jsonb_agg(jsonb_build_array(l.id, l.name, l.index, l.attributes, l.metadata, l.version, l.deleted_at)
+   order by l.id) from pgshelf.libraries l)
+"""
+PENDING = "select pgshelf.put_document('late', '{}', texts => array['{} one', '{} two'])"
+GIVEN_UP = "update pgshelf.chunks set embed_after = 'infinity', embed_error = 'no' where text = '{}'"
+HITS = "select chunk_id, key, distance from pgshelf.search('lib', '[1,2]', k => 100)"
+
+
+def fill(url: str) -> None:
+    """Libraries with documents, one empty, one deleted; chunks that wait, that were given up, that are ready."""
+    library(url)
+    for key in "abcde":
+        put(url, key)
+    library(url, "empty")
+    library(url, "late", provider="local")
+    library(url, "lost", provider="local")
+    library(url, "deleted", provider="local")
+    execute(
+        url,
+        *[f"update pgshelf.documents set metadata = '{{\"year\": {2000 + n}, \"tags\": [{n}]}}' where key = '{key}'"
+          for n, key in enumerate("abc")],
+        PENDING.format(*"xxx"), PENDING.format(*"yyy"), GIVEN_UP.format("x one"),
+        "update pgshelf.chunks set embed_after = now() + '1 hour' where text = 'x two'",
+        "select pgshelf.put_document('lost', 'z', texts => array['z'])", GIVEN_UP.format("z"),
+        "select pgshelf.put_document('deleted', 'd', texts => array['d'])", "select pgshelf.delete_library('deleted')",
+    )  # fmt: skip
+
+
+def claimed(url: str) -> list[str]:
+    return sorted(text for (text,) in rows(url, "select text from pgshelf.claim_pending(100, '0 s')"))
+
+
+def test_a_filled_database_comes_up_whole(cluster: Cluster, command: Callable[..., Any]) -> None:
+    url, fresh = cluster.database(), cluster.database()
+    migrate.upgrade(fresh)
+    at_first(url)
+    fill(url)
+    execute(url, "create role ann", "grant execute on function pgshelf.put_document to ann")
+    cluster._roles.append("ann")
+    before, hits = one_row(url, CONTENT), rows(url, HITS)
+    assert len(hits) == 5
+    migrate.upgrade(url)
+    assert one_row(url, CONTENT) == before
+    assert rows(url, HITS) == hits
+    # the claim knows of everything that waits, and of nothing else
+    assert claimed(url) == ["y one", "y two"]
+    execute(url, "update pgshelf.chunks set embed_after = now() where text = 'x two'")
+    assert "x two" in claimed(url)
+    # indexes hold what was there before them
+    found = "select count(*) from pgshelf.documents where pgshelf.scoped(library_id, metadata) @> pgshelf.scoped("
+    found += "(select id from pgshelf.libraries where name = 'lib'), '{\"year\": 2001}')"
+    with psycopg.connect(url) as connection:
+        connection.execute("set enable_seqscan = off")
+        assert "documents_metadata_idx" in str(connection.execute("explain " + found).fetchall())
+        assert connection.execute(found).fetchone() == (1,)
+    # nothing of the older sql/ is left, and what somebody was granted is
+    assert one(url, "select has_function_privilege('ann', oid, 'execute') from pg_proc where proname = 'put_document'")
+    execute(url, "drop owned by ann")
+    assert dump(url, "--schema-only") == dump(fresh, "--schema-only")
+    assert command(url, "alembic", "check").returncode == 0
+
+
+def one_row(url: str, statement: str) -> tuple[Any, ...]:
+    return rows(url, statement)[0]
+
+
+SHELF = """
+create table pgshelf.chunks_s{0} (like pgshelf.chunks including defaults including storage including generated
+  including constraints including indexes, constraint chunks_s{0}_shelf check (shelf = {0}));
+insert into pgshelf.chunks_s{0} (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding,
+    language, embed_attempts, embed_after, embed_error)
+  select {0}, place, c.library_id, document_id, ordinal, c.id, text, c.metadata, embedding, c.language, embed_attempts,
+    embed_after, embed_error from pgshelf.chunks c
+    join pgshelf.libraries l on l.id = c.library_id and l.shelf = c.shelf where l.name = '{1}';
+alter table pgshelf.chunks attach partition pgshelf.chunks_s{0} for values in ({0});
+"""
+
+
+PUT_LAST = "select pgshelf.put_document('lib', 'g', texts => array['last'], embeddings => array['[3,4]'::vector])"
+
+
+def promote(url: str) -> None:
+    """Put libraries on shelves of their own, with indexes, left-over rows, and moves that stopped in their middle."""
+    execute(
+        url,
+        SHELF.format(3, "lib"),
+        "update pgshelf.libraries set shelf = 3 where name = 'lib'",
+        "create index chunks_s3_v1 on pgshelf.chunks_s3 using hnsw ((embedding::public.halfvec(2)) halfvec_cosine_ops)",
+        # what the move left on shelf 0 and what has been written since
+        "update pgshelf.chunks_s0 set text = 'stale' where embedding is not null",
+        "select pgshelf.put_document('lib', 'f', texts => array['new'], embeddings => array['[3,4]'::vector])",
+        SHELF.format(4, "late"),
+        "update pgshelf.libraries set shelf = 4 where name = 'late'",
+        "delete from pgshelf.chunks_s0 c using pgshelf.libraries l where l.id = c.library_id and l.name = 'late'",
+        # half way from shelf 4 to shelf 6, and a table that was not attached yet
+        SHELF.format(6, "late"),
+        "update pgshelf.libraries set moving = 2, moving_to = 6 where name = 'late'",
+        "update pgshelf.libraries set moving = 1, moving_to = 7 where name = 'lost'",
+        "create table pgshelf.chunks_s7 (like pgshelf.chunks including defaults)",
+        "insert into pgshelf.move_log select library_id, id from pgshelf.documents",
+        # what the worker keeps beside them
+        "insert into pgshelf.planes values (1, 1, '[1,0]')",
+        "insert into pgshelf.retired_shelves (shelf) values (2)",
+        "insert into pgshelf.terms select id, 'one', 1 from pgshelf.libraries",
+        "insert into pgshelf.word_statistics (library_id, chunks, bytes) select id, 1, 1 from pgshelf.libraries",
+    )
+
+
+def test_a_promoted_library_goes_down_whole(cluster: Cluster) -> None:
+    url, first = cluster.database(), cluster.database()
+    at_first(first)
+    migrate.upgrade(url)
+    fill(url)
+    promote(url)
+    assert rows(url, "select shelf, count(*) from pgshelf.chunks group by 1 order by 1") == [
+        (0, 7),
+        (3, 6),
+        (4, 4),
+        (6, 4),
+    ]
+    before, hits = one_row(url, CONTENT), rows(url, HITS)
+    assert len(before[1]) == 12 and len(hits) == 6
+    migrate.downgrade(url, "0001")
+    assert one_row(url, CONTENT) == before
+    assert rows(url, "select distinct shelf, moving, moving_to from pgshelf.libraries") == [(0, 0, None)]
+    assert rows(url, "select tableoid::regclass::text, count(*) from pgshelf.chunks group by 1") == [
+        ("pgshelf.chunks_s0", 12)
+    ]
+    # the older version takes it from here
+    at_first(url)
+    assert dump(url, "--schema-only") == dump(first, "--schema-only")
+    assert rows(url, HITS) == hits
+    assert claimed(url) == ["y one", "y two"]
+    migrate.upgrade(url)
+    assert rows(url, HITS) == hits
+
+
+def in_flight(cluster: Cluster, url: str, step: Callable[[], None], *statements: str) -> None:
+    """Write in a transaction that a migration has to wait for, and commit when it does."""
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(url) as writer:
+        for statement in statements:
+            writer.execute(statement)
+        done = thread.submit(step)
+        waiting(cluster.admin, name_of(url))
+        writer.commit()
+        done.result(60)
+
+
+def test_what_is_being_written_when_the_claims_change_is_not_forgotten(cluster: Cluster) -> None:
+    url = cluster.database()
+    at_first(url)
+    library(url, "late", provider="local")
+    in_flight(cluster, url, lambda: migrate.upgrade(url), PENDING.format(*"xxx"))
+    assert claimed(url) == ["x one", "x two"]
+
+
+def test_what_is_being_written_when_shelves_go_is_not_lost(cluster: Cluster) -> None:
+    url = cluster.database()
+    migrate.upgrade(url)
+    fill(url)
+    promote(url)
+    before = one_row(url, CONTENT)
+    in_flight(cluster, url, lambda: migrate.downgrade(url, "0001"), PUT_LAST)
+    chunks = one_row(url, CONTENT)[1]
+    assert [chunk for chunk in chunks if chunk[0] != "last"] == before[1]
+    assert len(chunks) == len(before[1]) + 1
+
+
+def test_a_promoted_library_does_not_keep_pgshelf_from_going(cluster: Cluster) -> None:
+    url = cluster.database()
+    before, roles = everything(url), cluster.roles()
+    migrate.upgrade(url)
+    fill(url)
+    promote(url)
+    migrate.downgrade(url)
+    assert (everything(url), cluster.roles()) == (before, roles)
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_down_to_a_revision_is_as_up_to_it(cluster: Cluster, revision: str) -> None:
+    up, down = cluster.database(), cluster.database()
+    migrate.upgrade(up, revision)
+    migrate.upgrade(down)
+    migrate.downgrade(down, revision)
+    assert one(down, VERSION) == revision
+    # grants are of sql/, which is applied at the newest revision only
+    assert dump(down, "--schema-only", "--no-privileges") == dump(up, "--schema-only", "--no-privileges")
 
 
 # -- roles that may not do everything
@@ -631,10 +885,20 @@ def test_a_lock_in_the_way_ends_in_bounded_time(
     step(url)
 
 
+DOCUMENT = "insert into pgshelf.documents (place, library_id) values (1, '{}')"
+CHUNK = """insert into pgshelf.chunks (shelf, place, library_id, document_id, ordinal, text, language)
+  select 0, 1, '{}', d.id, 0, 'x', 'english' from pgshelf.documents d"""
+WRITES = {"0001": [], HEAD: [DOCUMENT, "update pgshelf.documents set title = 'x'"]}
+
+
 @pytest.mark.parametrize("end", ["kill", "terminate"])
 @pytest.mark.parametrize(
     ("blocked", "revision"),
-    [("create table pgshelf.move_log (id int)", None), ("create view pgshelf.chunks_view as select 1 as x", "0001")],
+    [
+        ("create table pgshelf.move_log (id int)", None),
+        ("create table pgshelf.terms (id int)", "0001"),
+        ("create view pgshelf.chunks_view as select 1 as x", HEAD),
+    ],
 )
 def test_ended_in_the_middle_it_works_the_next_time(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, end: str, blocked: str, revision: str | None
@@ -663,15 +927,12 @@ def test_ended_in_the_middle_it_works_the_next_time(
     assert (stands and one(url, "select version_num from pgshelf.alembic_version")) == revision
     if revision:  # the tables are there and sql/ is not: nothing gets past a rule that is missing
         identity = library(url)
-        document = f"values (1, '{identity}', gen_random_uuid()) returning id"
-        found = one(url, f"insert into pgshelf.documents (place, library_id, id) {document}")
-        with pytest.raises(psycopg.Error, match="run pgshelf migrate") as caught:
-            execute(
-                url,
-                "insert into pgshelf.chunks (shelf, place, library_id, document_id, ordinal, text, language)"
-                f" values (0, 1, '{identity}', '{found}', 0, 'x', 'english')",
-            )
-        assert caught.value.sqlstate == "PS900"
+        execute(url, "begin; set session_replication_role = replica", DOCUMENT.format(identity), "commit")
+        for statement in (CHUNK.format(identity), "delete from pgshelf.documents", *WRITES[revision]):
+            with pytest.raises(psycopg.Error, match="run pgshelf migrate") as caught:
+                execute(url, statement.format(identity))
+            assert caught.value.sqlstate == "PS900"
+        execute(url, "begin; set session_replication_role = replica", "delete from pgshelf.documents", "commit")
     migrate.upgrade(url)
     kept = "COMMENT ON SCHEMA pgshelf"  # made by the test itself, without the comment
     wanted = re.sub(rf"(--\n-- Name: SCHEMA pgshelf; .*\n--\n\n)?{kept} .*\n+", "", dump(reference, "--schema-only"))
@@ -684,7 +945,7 @@ def test_ended_in_the_middle_it_works_the_next_time(
 def test_errors_are_told_in_words(cluster: Cluster) -> None:
     url = cluster.database()
     before = everything(url)
-    with pytest.raises(migrate.MigrationError, match=r"Can't locate revision.*knows revisions up to 0001"):
+    with pytest.raises(migrate.MigrationError, match=rf"Can't locate revision.*knows revisions up to {HEAD}"):
         migrate.downgrade(url, "4711")
     assert everything(url) == before
     with pytest.raises(migrate.MigrationError, match='database "missing" does not exist'):
@@ -698,7 +959,7 @@ def test_an_older_version_leaves_a_newer_database_alone(cluster: Cluster) -> Non
     migrate.upgrade(url)
     execute(url, "update pgshelf.alembic_version set version_num = '9999'", "drop function pgshelf.delete_document")
     before = everything(url)
-    with pytest.raises(migrate.MigrationError, match=r"'9999'.*this version of pgshelf knows revisions up to 0001"):
+    with pytest.raises(migrate.MigrationError, match=rf"'9999'.*this version of pgshelf knows revisions up to {HEAD}"):
         migrate.upgrade(url)
     assert everything(url) == before
 

@@ -13,15 +13,19 @@ from . import _base as base
 from ._base import changed, given, json_object, listed, numbers, patched_object
 from ._retry import Attempts, Retries
 from .types import (
+    BatchResult,
     Chunk,
     Document,
+    FacetsResult,
     Health,
+    Index,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
     Readiness,
+    Search,
     SearchResult,
     Vector,
 )
@@ -37,10 +41,11 @@ class AsyncClient:
             result = await shelf.search("handbook", "how do I get space back?")
 
     `base_url` may end in `api_prefix` or not; `timeout` is in seconds; `retries` is a number or a `Retries`.
-    After a lost answer and after 502, 503 and 504, what is safe to repeat is sent again: every read, and every write
-    but `create_library`, `add_document` without a key, `update_library` with a new name and those with `if_match`.
-    These are sent again only when the server has certainly done nothing: when it could not be reached, answered 429, or
-    said that it had not begun or had rolled back. A DELETE finds its work done when a repetition of it answers 404.
+    After a lost answer and after 502, 503 and 504, what is safe to repeat is sent again: every read, searches and dry
+    runs among them, and every write but `create_library`, `add_document` without a key, `update_library` with a new
+    name, `update_documents` and `delete_documents` (they would count anew), and those with `if_match`. These are sent
+    again only when the server has certainly done nothing: when it could not be reached, answered 429, or said that it
+    had not begun or had rolled back. A DELETE finds its work done when a repetition of it answers 404.
     Every method may raise `ApiError`, `ConnectionFailed` or `UnexpectedAnswer`.
     """
 
@@ -95,13 +100,16 @@ class AsyncClient:
         dimension: int | None = None,
         metric: str | None = None,
         language: str | None = None,
+        index: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, str] | None = None,
         chunking: Mapping[str, int] | None = None,
         metadata: Metadata | None = None,
     ) -> Library:
         """Create a library; `Conflict` when the name is taken.
 
         `embedder` is {"provider": ..., "model": ..., "dimension": ...}; with the provider "none" you bring the vectors,
-        and `dimension` is required. `chunking` is {"size": ..., "overlap": ...}.
+        and `dimension` is required. `chunking` is {"size": ..., "overlap": ...}. `index` is what `set_index` takes, as
+        {"type": "hnsw"}. `attributes` are metadata fields to index: {"year": "number", "published": "datetime"}.
         """
         body = given(
             name=name,
@@ -110,6 +118,8 @@ class AsyncClient:
             dimension=dimension,
             metric=metric,
             language=language,
+            index=index,
+            attributes=attributes,
             chunking=chunking,
             metadata=json_object(metadata),
         )
@@ -130,11 +140,21 @@ class AsyncClient:
         *,
         name: str | UnsetType = UNSET,
         description: str | UnsetType | None = UNSET,
+        attributes: Mapping[str, str] | UnsetType | None = UNSET,
         chunking: Mapping[str, int] | UnsetType = UNSET,
         metadata: Metadata | UnsetType = UNSET,
     ) -> Library:
-        """Change what is given; None clears the description, in `metadata` (merged by RFC 7396) it removes a field."""
-        body = changed(name=name, description=description, chunking=chunking, metadata=patched_object(metadata))
+        """Change what is given; None clears the description, in `metadata` (merged by RFC 7396) it removes a field.
+
+        `attributes` replaces all that were declared; those of `Library.attributes_ready` have their index already.
+        """
+        body = changed(
+            name=name,
+            description=description,
+            attributes=attributes,
+            chunking=chunking,
+            metadata=patched_object(metadata),
+        )
         # Under its old name a renamed library is not found again.
         call = self._routes.call("PATCH", "libraries", library, body=body, repeatable=name is UNSET)
         return await self._fetch(call, base.LIBRARY)
@@ -146,6 +166,45 @@ class AsyncClient:
     async def library_stats(self, library: Name) -> LibraryStats:
         """How much a library holds, and how much of it waits for its embeddings."""
         return await self._fetch(self._routes.call("GET", "libraries", library, "stats"), base.STATS)
+
+    # Indexes
+
+    async def get_index(self, library: Name) -> Index:
+        """The index that is wanted, the one that searches use, and how far the work is."""
+        return await self._fetch(self._routes.call("GET", "libraries", library, "index"), base.INDEX)
+
+    async def set_index(
+        self,
+        library: Name,
+        type: str,
+        *,
+        storage: str | None = None,
+        m: int | None = None,
+        ef_construction: int | None = None,
+        lists: int | None = None,
+        bits: int | None = None,
+        seed: int | None = None,
+    ) -> Index:
+        """Ask for an index: "auto", "flat", "hnsw", "ivfflat", "lsh" or "kdtree"; the server builds it meanwhile.
+
+        Searches and writes go on, with the old index until the new one is ready; `wait_for_index` waits for that.
+        """
+        body = given(
+            type=type, storage=storage, m=m, ef_construction=ef_construction, lists=lists, bits=bits, seed=seed
+        )
+        return await self._fetch(self._routes.call("PUT", "libraries", library, "index", body=body), base.INDEX)
+
+    async def wait_for_index(self, library: Name, *, timeout: float = 600.0) -> Index:  # noqa: ASYNC109 - the same in both clients
+        """Ask for the index until it is not "building" any more: "ready", "waiting" for vectors, or "failed".
+
+        TimeoutError after `timeout` seconds; the building goes on.
+        """
+        deadline = base.Deadline(timeout)
+        while True:
+            index = await self.get_index(library)
+            if index.state != "building":
+                return index
+            await asyncio.sleep(deadline.next_wait(f"the index of {library} is still being built"))
 
     # Documents
 
@@ -218,6 +277,58 @@ class AsyncClient:
         path = ("libraries", library, "documents", document)
         await self._answer(self._routes.call("DELETE", *path, if_match=if_match, gone_code="document_not_found"))
 
+    def query_documents(
+        self,
+        library: Name,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        sort: Iterable[Mapping[str, str]] | None = None,
+        page_size: int | None = None,
+    ) -> AsyncIterator[Document]:
+        """The documents that match a filter, fetched page by page.
+
+        `sort` is [{"field": "year", "order": "desc"}], of declared attributes and columns; oldest first if absent.
+        """
+        order = None if sort is None else list(sort)
+        body = base.search_body(filter=filter, sort=order, limit=page_size)
+        call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)
+        return self._items(call, base.DOCUMENTS)
+
+    async def count_documents(self, library: Name, *, filter: Mapping[str, Any] | None = None) -> int:
+        """How many documents match a filter."""
+        body = base.search_body(filter=filter, limit=1, total=True)
+        call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)
+        return (await self._fetch(call, base.DOCUMENTS)).total
+
+    async def update_documents(
+        self,
+        library: Name,
+        filter: Mapping[str, Any],
+        patch: Metadata,
+        *,
+        max_affected: int | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Change the metadata of all documents that match, by a merge patch (RFC 7396); how many it were.
+
+        `Conflict`, and nothing changed, when more than `max_affected` match. `dry_run` only counts.
+        """
+        body = base.search_body(filter=filter, patch=patch, max_affected=max_affected, dry_run=dry_run or None)
+        path = ("libraries", library, "documents", "update")
+        return (await self._fetch(self._routes.call("POST", *path, body=body, reads=dry_run), base.AFFECTED)).affected
+
+    async def delete_documents(
+        self, library: Name, filter: Mapping[str, Any], *, max_affected: int | None = None, dry_run: bool = False
+    ) -> int:
+        """Delete all documents that match, with their chunks; how many it were.
+
+        `Conflict`, and nothing deleted, when more than `max_affected` match or another table refers to one. `dry_run`
+        only counts. All documents are {"$id": {"$exists": True}}; an empty filter is refused.
+        """
+        body = base.search_body(filter=filter, max_affected=max_affected, dry_run=dry_run or None)
+        path = ("libraries", library, "documents", "delete")
+        return (await self._fetch(self._routes.call("POST", *path, body=body, reads=dry_run), base.AFFECTED)).affected
+
     # Chunks
 
     def chunks(
@@ -267,31 +378,116 @@ class AsyncClient:
         query: str | None = None,
         *,
         vector: Vector | None = None,
+        like: Mapping[str, Any] | None = None,
         mode: str | None = None,
         k: int | None = None,
         offset: int | None = None,
+        filter: Mapping[str, Any] | None = None,
         max_distance: float | None = None,
         min_score: float | None = None,
-        include: Sequence[str] | None = None,
+        fusion: Mapping[str, Any] | None = None,
+        mmr: Mapping[str, Any] | None = None,
+        group_by: str | None = None,
+        group_size: int | None = None,
+        rerank: Mapping[str, Any] | None = None,
         exact: bool | None = None,
+        ef_search: int | None = None,
+        include: Sequence[str] | None = None,
+        facets: Sequence[str] | None = None,
+        total: bool | None = None,
+        explain: bool | None = None,
     ) -> SearchResult:
-        """The `k` (10) chunks nearest to a text or to a vector, best first, after skipping `offset`.
+        """The `k` (10) best chunks for a text, for a vector, or for what they shall be `like`, after skipping `offset`.
 
-        `include` names what each hit carries: "text", "metadata", "document" (these three by default), "embedding".
+        `mode` is "vector", "text" or "hybrid", the default for a query. `like` is {"chunk": id} or {"document": key},
+        `filter` {"year": {"$gte": 2020}}, `fusion` {"method": "weighted", "weights": [1, 2]}, `mmr` {"lambda": 0.5},
+        `rerank` {"provider": "cohere"}. With `group_by="document"` every document gives its `group_size` (1) best.
+        `include` names what each hit carries: "text", "metadata", "document" (these three by default), "highlight",
+        "embedding". `facets` names fields whose values shall be counted.
         """
-        body = given(
+        body = base.search_body(
             query=query,
-            vector=numbers(vector),
+            vector=vector,
+            like=like,
             mode=mode,
             k=k,
             offset=offset,
+            filter=filter,
             max_distance=max_distance,
             min_score=min_score,
-            include=listed(include),
+            fusion=fusion,
+            mmr=mmr,
+            group_by=group_by,
+            group_size=group_size,
+            rerank=rerank,
             exact=exact,
+            ef_search=ef_search,
+            include=include,
+            facets=facets,
+            total=total,
+            explain=explain,
         )
         call = self._routes.call("POST", "libraries", library, "search", body=body, reads=True)
         return await self._fetch(call, base.SEARCH_RESULT)
+
+    async def search_batch(self, library: Name, searches: Iterable[Search | Mapping[str, Any]]) -> BatchResult:
+        """Several searches of a library at once; each item has its `answer`, or its `error`, which spoils no other.
+
+        A search is a mapping of what `search` takes: {"query": "locks", "k": 3}.
+        """
+        body = {"searches": [base.search_body(**search) for search in searches]}
+        call = self._routes.call("POST", "libraries", library, "search", "batch", body=body, reads=True)
+        return await self._fetch(call, base.BATCH_RESULT)
+
+    async def search_libraries(
+        self,
+        libraries: Sequence[Name],
+        query: str | None = None,
+        *,
+        vector: Vector | None = None,
+        mode: str | None = None,
+        k: int | None = None,
+        offset: int | None = None,
+        filter: Mapping[str, Any] | None = None,
+        max_distance: float | None = None,
+        min_score: float | None = None,
+        fusion: Mapping[str, Any] | None = None,
+        rerank: Mapping[str, Any] | None = None,
+        exact: bool | None = None,
+        ef_search: int | None = None,
+        include: Sequence[str] | None = None,
+    ) -> SearchResult:
+        """Search several libraries as one; each hit names its `library`. The options are those of `search`."""
+        body = base.search_body(
+            libraries=libraries,
+            query=query,
+            vector=vector,
+            mode=mode,
+            k=k,
+            offset=offset,
+            filter=filter,
+            max_distance=max_distance,
+            min_score=min_score,
+            fusion=fusion,
+            rerank=rerank,
+            exact=exact,
+            ef_search=ef_search,
+            include=include,
+        )
+        return await self._fetch(self._routes.call("POST", "search", body=body, reads=True), base.SEARCH_RESULT)
+
+    async def facets(
+        self,
+        library: Name,
+        attributes: Sequence[str],
+        *,
+        filter: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> FacetsResult:
+        """How many of the documents that match have which value of a field: its `limit` (10) most frequent ones."""
+        body = base.search_body(attributes=attributes, filter=filter, limit=limit)
+        call = self._routes.call("POST", "libraries", library, "facets", body=body, reads=True)
+        return await self._fetch(call, base.FACETS_RESULT)
 
     # How a call is carried out
 

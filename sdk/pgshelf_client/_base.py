@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -13,9 +14,12 @@ from msgspec import UNSET, UnsetType
 
 from .errors import UnexpectedAnswer
 from .types import (
+    BatchResult,
     Chunk,
     Document,
+    FacetsResult,
     Health,
+    Index,
     Library,
     LibraryStats,
     Metadata,
@@ -37,16 +41,25 @@ Params = Mapping[str, str | int | bool | list[str] | None]
 class Page(msgspec.Struct, Generic[T], frozen=True):
     items: list[T]
     next: str | None = None
+    total: int = 0
+
+
+class Affected(msgspec.Struct, frozen=True):
+    affected: int
 
 
 CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
+INDEX = msgspec.json.Decoder(Index)
+FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
 HEALTH = msgspec.json.Decoder(Health)
 LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
 READINESS = msgspec.json.Decoder(Readiness)
+AFFECTED = msgspec.json.Decoder(Affected)
+BATCH_RESULT = msgspec.json.Decoder(BatchResult)
 SEARCH_RESULT = msgspec.json.Decoder(SearchResult)
 STATS = msgspec.json.Decoder(LibraryStats)
 
@@ -65,8 +78,28 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     gone_code: str | None = None  # the error of a DELETE whose earlier attempt had succeeded
 
     def after(self, cursor: str) -> "Call":
-        """The same list's next page."""
-        return msgspec.structs.replace(self, params={**self.params, "after": cursor})
+        """The same list's next page; a question that is POSTed has its cursor in the body."""
+        if self.body is None:
+            return msgspec.structs.replace(self, params={**self.params, "after": cursor})
+        fields = msgspec.json.decode(self.body, type=dict[str, msgspec.Raw])
+        return msgspec.structs.replace(self, body=msgspec.json.encode({**fields, "after": cursor}))
+
+
+class Deadline:
+    """When waiting for something ends, and the waits until then: short ones first."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
+        self.wait = 0.05
+
+    def next_wait(self, what: str) -> float:
+        """Seconds until it is worth looking again, or TimeoutError."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"{what} after {self.seconds:g} seconds")
+        self.wait = min(self.wait * 1.5, 2.0)
+        return min(self.wait, left)
 
 
 class Routes:
@@ -166,6 +199,21 @@ def new_chunk(chunk: NewChunk) -> dict[str, Any]:
     fields: dict[str, Any] = {**chunk}
     converted = {"embedding": numbers(fields.get("embedding")), "metadata": json_object(fields.get("metadata"))}
     return given(**{**fields, **converted})
+
+
+def search_body(**options: Any) -> dict[str, Any]:
+    """One search, with whatever options there are, as it is sent."""
+    fields = given(**options)
+    for name, value in fields.items():
+        if name == "vector":
+            fields[name] = numbers(value)
+        elif name in ("include", "facets", "libraries", "attributes"):
+            fields[name] = listed(value)
+        elif isinstance(value, Mapping):
+            fields[name] = json_object(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be finite")
+    return fields
 
 
 def numbers(vector: Vector | None) -> list[float] | None:

@@ -6,14 +6,14 @@ PgshelfError
 │   ├── Unauthorized         401  no or a bad key
 │   ├── Forbidden            403  the key may not do this
 │   ├── NotFound             404  no such library, document or chunk
-│   ├── Conflict             409  the name is taken, the version is stale, or another table needs the row
+│   ├── Conflict             409  the name is taken, the version is stale, another table needs the row, too many match
 │   ├── TooLarge             413  the body is over the server's limit
 │   ├── Unprocessable        422  well-formed, but impossible for this library
 │   ├── RateLimited          429  too many requests
 │   └── ServerError          5xx  500 and whatever has no class of its own
-│       ├── BadGateway       502  the embedding provider failed
-│       ├── Unavailable      503  the database is gone or busy
-│       └── Timeout          504  the server gave up waiting
+│       ├── BadGateway       502  the embedding or the reranking provider failed
+│       ├── Unavailable      503  the database or a provider is gone or busy
+│       └── Timeout          504  the server gave up waiting for the database or for a provider
 ├── ConnectionFailed         no answer came back
 └── UnexpectedAnswer         an answer came back that is not pgshelf's
 """
@@ -105,7 +105,7 @@ class NotFound(ApiError):
 
 
 class Conflict(ApiError):
-    """409: the name is taken, `if_match` is stale, or another table refers to the document."""
+    """409: the name is taken, `if_match` is stale, another table refers to the document, or too many match."""
 
 
 class TooLarge(ApiError):
@@ -125,15 +125,15 @@ class ServerError(ApiError):
 
 
 class BadGateway(ServerError):
-    """502: the embedding provider failed."""
+    """502: the embedding or the reranking provider failed."""
 
 
 class Unavailable(ServerError):
-    """503: the database is gone or busy; `retry_after` says when to come back."""
+    """503: the database or a provider is gone or busy; `retry_after` says when to come back."""
 
 
 class Timeout(ServerError):
-    """504: the server gave up waiting for the database."""
+    """504: the server gave up waiting for the database or for a provider."""
 
 
 class ConnectionFailed(PgshelfError):

@@ -11,14 +11,21 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import msgspec
 
 __all__ = [
+    "BatchItem",
+    "BatchResult",
     "Chunk",
     "ChunkCounts",
     "Chunking",
     "Document",
     "DocumentSummary",
     "Embedder",
+    "Explanation",
+    "FacetValue",
+    "FacetsResult",
     "Health",
     "Hit",
+    "Index",
+    "IndexEstimate",
     "IndexState",
     "Library",
     "LibraryStats",
@@ -26,6 +33,8 @@ __all__ = [
     "Name",
     "NewChunk",
     "Readiness",
+    "Search",
+    "SearchFailure",
     "SearchResult",
     "Vector",
 ]
@@ -53,6 +62,31 @@ class NewChunk(TypedDict):
     text: str
     embedding: NotRequired[Vector | None]
     metadata: NotRequired[Metadata | None]
+
+
+class Search(TypedDict, total=False):
+    """One search of a batch: what `search` takes, under the same names."""
+
+    query: str | None
+    vector: Vector | None
+    like: Mapping[str, Any] | None
+    mode: str | None
+    k: int | None
+    offset: int | None
+    filter: Mapping[str, Any] | None
+    max_distance: float | None
+    min_score: float | None
+    fusion: Mapping[str, Any] | None
+    mmr: Mapping[str, Any] | None
+    group_by: str | None
+    group_size: int | None
+    rerank: Mapping[str, Any] | None
+    exact: bool | None
+    ef_search: int | None
+    include: Sequence[str] | None
+    facets: Sequence[str] | None
+    total: bool | None
+    explain: bool | None
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +119,8 @@ class Library(Answer, frozen=True):
     description: str | None = None
     chunking: Chunking | None = None
     language: str | None = None
+    attributes: dict[str, str] = {}
+    attributes_ready: dict[str, str] = {}
     metadata: dict[str, Any] = {}
     version: int = 1
     created_at: datetime | None = None
@@ -97,6 +133,33 @@ class IndexState(Answer, frozen=True):
     type: str
     state: str = "ready"
     progress: float = 1.0
+
+
+class IndexEstimate(Answer, frozen=True):
+    """What building the wanted index takes, about: disk, memory and seconds for `rows` chunks."""
+
+    rows: int = 0
+    bytes: int = 0
+    memory_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Index(Answer, frozen=True):
+    """The index of a library: the one that was asked for, and the one that searches use now.
+
+    `state` is "ready", "building" (`progress` goes from 0 to 1), "waiting" (for enough vectors, searched exactly
+    meanwhile) or "failed" (`error` says why; the server tries again by itself). `shelf` is the table of its chunks.
+    """
+
+    wanted: dict[str, Any]
+    actual: dict[str, Any]
+    state: str
+    progress: float = 1.0
+    phase: str | None = None
+    error: str | None = None
+    shelf: int = 0
+    moving: bool = False
+    estimate: IndexEstimate | None = None
 
 
 class LibraryStats(Answer, frozen=True):
@@ -156,27 +219,85 @@ class DocumentSummary(Answer, frozen=True):
 
 
 class Hit(Answer, frozen=True):
-    """A chunk that was found. A higher `score` is better; `distance` is the metric's own.
+    """A chunk that was found. A higher `score` is better; `distance` is the metric's own, None where only words count.
 
-    `text`, `metadata`, `document` and `embedding` are None when `include` left them out.
+    `text`, `metadata`, `document`, `embedding` and `highlight` are None when `include` left them out, `highlight` also
+    where no word of the query is in the text. `library` is the name of its library, in a search of several.
     """
 
     chunk_id: str
     document_id: str
     ordinal: int
     score: float
-    distance: float
+    distance: float | None = None
     key: str | None = None
     text: str | None = None
     metadata: dict[str, Any] | None = None
     document: DocumentSummary | None = None
     embedding: list[float] | None = None
+    highlight: str | None = None
+    library: str | None = None
+
+
+class FacetValue(Answer, frozen=True):
+    """A value of a metadata field, and how many documents have it."""
+
+    value: Any
+    documents: int
+
+
+class FacetsResult(Answer, frozen=True):
+    """For each field its values, most frequent first, and how many documents match."""
+
+    facets: dict[str, list[FacetValue]]
+    documents: int
+
+
+class Explanation(Answer, frozen=True):
+    """How a search was carried out: "exact", "index", "index then exact" or "words", and the SQL that did it.
+
+    `recall` is the share of the true nearest `k` that this search finds; None unless it is by vector alone.
+    """
+
+    strategy: str
+    statement: str
+    plan: dict[str, Any] = {}
+    rows_removed: int = 0
+    recall: float | None = None
 
 
 class SearchResult(Answer, frozen=True):
-    """The hits of a search, best first, and the milliseconds it took inside the server."""
+    """The hits of a search, best first, and the milliseconds it took inside the server.
+
+    `total`, `facets` (for each field its values, most frequent first) and `explain` are None unless asked for.
+    """
 
     hits: list[Hit]
+    took_ms: float
+    total: int | None = None
+    facets: dict[str, list[FacetValue]] | None = None
+    explain: Explanation | None = None
+
+
+class SearchFailure(Answer, frozen=True):
+    """Why one search of a batch failed: what its `ApiError` would have carried, had it been sent alone."""
+
+    status: int
+    code: str = ""
+    detail: str = ""
+
+
+class BatchItem(Answer, frozen=True):
+    """The answer to one search of a batch, or why it failed."""
+
+    answer: SearchResult | None = None
+    error: SearchFailure | None = None
+
+
+class BatchResult(Answer, frozen=True):
+    """One item for each search of a batch, in their order."""
+
+    results: list[BatchItem]
     took_ms: float
 
 

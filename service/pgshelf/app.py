@@ -14,8 +14,23 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import License, Tag
 from litestar.router import Router
 
-from pgshelf import __version__, chunks, database, documents, health, http, libraries, logs, openapi, search, worker
+from pgshelf import (
+    __version__,
+    chunks,
+    database,
+    documents,
+    facets,
+    health,
+    http,
+    indexes,
+    libraries,
+    logs,
+    openapi,
+    search,
+    worker,
+)
 from pgshelf.embedders import embedder_for
+from pgshelf.rerankers import cohere
 from pgshelf.settings import Settings
 
 PARENT = "_PGSHELF_PARENT"  # set by `pgshelf serve` to its process id
@@ -24,6 +39,7 @@ TAGS = [
     Tag("libraries", "Documents that share an embedder, a dimension and a metric."),
     Tag("documents", "What is stored: written whole, with all chunks, in one transaction."),
     Tag("chunks", "The passages that are searched."),
+    Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
     Tag("health", "For load balancers and operators."),
 ]
@@ -43,9 +59,10 @@ def create_app(settings: Settings) -> Litestar:
             await embedder_for(settings.embedder).embed(["pgshelf"], "query")
         async with worker.running(engine, settings):
             yield
+        await cohere.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, search.router]
+    handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router],
         dependencies={

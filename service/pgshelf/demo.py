@@ -241,7 +241,7 @@ def ask(client: Client, library: str, console: Console) -> int:
     sensible = 0
     for question, modules in QUESTIONS.items():
         started = time.perf_counter()
-        result = client.search(library, question, k=3)
+        result = client.search(library, question, mode="vector", k=3)
         show(console, question, result, (time.perf_counter() - started) * 1000)
         sensible += any(hit.key in modules for hit in result.hits)
     return sensible

@@ -104,7 +104,7 @@ PROBLEMS = {
     415: "Content type not supported",
     422: "Well-formed but impossible here",
     500: "Internal error",
-    502: "The embedding provider failed",
+    502: "The embedding or reranking provider failed",
     503: "Database or provider unavailable; see Retry-After",
     504: "Timed out",
 }

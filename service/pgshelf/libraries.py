@@ -11,6 +11,7 @@ import msgspec
 from litestar import Router, delete, get, patch, post
 from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
+from psycopg.types.json import Jsonb
 from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,6 +32,7 @@ from pgshelf.http import (
     position,
     problems,
 )
+from pgshelf.index_choice import IndexChoice
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
 
@@ -41,6 +43,8 @@ Description = Annotated[str, Meta(max_length=2000)]
 Metric = Literal["cosine", "l2", "inner_product", "l1"]
 Dimension = Annotated[int, Meta(ge=1, le=16000)]
 Provider = Annotated[str, Meta(extra_json_schema={"enum": list(PROVIDERS)})]
+# the types and names that SQL allows; checked there
+Attributes = dict[str, Literal["number", "text", "datetime"]]
 
 
 class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -98,6 +102,14 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     ] = "english"
     chunking: Annotated[ChunkingChoice | None, Meta(description="How documents sent as `text` are split.")] = None
     metadata: Annotated[dict[str, Any], Meta(description="Anything of yours: a JSON object.")] = {}
+    index: Annotated[IndexChoice | None, Meta(description="How it shall be searched; `auto` if absent.")] = None
+    attributes: Annotated[
+        Attributes,
+        Meta(
+            description="Fields of the documents' metadata to index for ranges, sorting and facets, at most 32, "
+            "with their types; dots lead into objects."
+        ),
+    ] = {}
 
 
 class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
@@ -112,6 +124,10 @@ class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
     )
     metadata: Annotated[
         dict[str, Any] | UnsetType, Meta(description="A merge patch (RFC 7396): null takes a key away.")
+    ] = UNSET
+    attributes: Annotated[
+        Attributes | UnsetType | None,
+        Meta(description="All fields to index from now on, in place of those before; null takes all away."),
     ] = UNSET
 
 
@@ -142,17 +158,24 @@ class Library(msgspec.Struct):
     chunking: Annotated[Chunking, Meta(description="How documents sent as `text` are split.")]
     language: Annotated[str, Meta(description="A text search configuration of PostgreSQL; fixed.")]
     metadata: Annotated[dict[str, Any], Meta(description="Anything of yours.")]
+    attributes: Annotated[Attributes, Meta(description="Fields of metadata that shall be indexed.")]
+    attributes_ready: Annotated[
+        Attributes,
+        Meta(description="Those that are; the worker makes the others ready. Filters mean the same meanwhile."),
+    ]
     version: Annotated[int, Meta(description="Counts the changes of the library itself, not those of its documents.")]
     created_at: Annotated[datetime, Meta(description="When it was created.")]
     updated_at: Annotated[datetime, Meta(description="When the library itself last changed.")]
 
 
 class IndexState(msgspec.Struct):
-    """The index of a library: small libraries are searched exactly, without one."""
+    """The index of a library, in short; `/index` says more."""
 
-    type: Annotated[str, Meta(description="`flat`, always in this version: no index, searched exactly.")]
-    state: Annotated[str, Meta(description="`ready` when searches use it.")]
-    progress: Annotated[float, Meta(description="How much of it is built, from 0 to 1.")]
+    type: Annotated[str, Meta(description="What searches use now: `flat` is none, searched exactly.")]
+    state: Annotated[
+        str, Meta(description="`ready` when that is what is wanted; else `waiting`, `building`, `failed`.")
+    ]
+    progress: Annotated[float, Meta(description="How far the wanted one is, from 0 to 1.")]
 
 
 class Stats(msgspec.Struct):
@@ -191,10 +214,17 @@ async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings
         "chunking": {"size": size, "overlap": overlap},
         "language": data.language,
         "metadata": limits.metadata(data.metadata, settings).obj,
-        "index": {"type": "auto"},
+        "index": data.index.wanted() if data.index else {"type": "auto"},
+        "attributes": data.attributes,
+        "attributes_ready": data.attributes,  # there is no document yet
     }
+    if values["index"]["type"] != "auto":
+        values["index_state"] = "building"  # every other type has a shelf of its own, which the worker makes
     async with database.transaction(engine) as connection:
         await _check_language(connection, data.language)
+        check = "select pgshelf.check_index(%s, %s, %s)"
+        await database.rows(connection, check, Jsonb(values["index"]), dimension, data.metric)
+        await database.rows(connection, "select pgshelf.check_attributes(%s)", Jsonb(data.attributes))
         row = (await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one()
     library = _library(row)
     return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
@@ -244,11 +274,14 @@ async def get_library(library: LibraryName, engine: Engine) -> Library:
 async def update_library(
     library: LibraryName, data: JSONBody[PatchLibrary], engine: Engine, settings: Config
 ) -> Library:
-    """Change name, description, chunking or metadata; chunking counts for documents written from now on."""
+    """Change name, description, chunking, metadata or attributes; chunking counts for documents written from now on."""
 
     async def change(connection: AsyncConnection) -> Library:
         now = await _find(connection, library, lock=True)
         values = _changes(data, now, settings)
+        if data.attributes is not UNSET:
+            declare = "select pgshelf.declare_attributes(%s, %s)"
+            await database.rows(connection, declare, now.id, Jsonb(data.attributes or {}))
         written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
         changed = _library((await connection.execute(written)).one())
         limits.metadata(changed.metadata, settings)
@@ -295,12 +328,12 @@ async def library_stats(library: LibraryName, engine: Engine) -> Stats:
     """Count documents, chunks, pending and failed embeddings, and bytes."""
     rows = await database.run(
         engine,
-        "select s.*, (l).shelf, (l).index_state"
-        " from (select pgshelf.library_named(%s) as l) x, pgshelf.library_stats((l).id) s",
+        "select s.*, i.shelf, i.actual ->> 'type', i.state, i.progress from (select pgshelf.library_named(%s) as l) x,"
+        " pgshelf.library_stats((l).id) s, pgshelf.library_index((l).id) i",
         library,
     )
-    documents, chunks, pending, failed, size, shelf, state = rows[0]
-    return Stats(documents, chunks, pending, failed, size, shelf, IndexState("flat", state, 1.0))
+    documents, chunks, pending, failed, size, shelf, *index = rows[0]
+    return Stats(documents, chunks, pending, failed, size, shelf, IndexState(*index))
 
 
 def _embedder(data: CreateLibrary, settings: Settings) -> tuple[str, str | None, int]:

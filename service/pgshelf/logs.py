@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 # They say at `info` what concerns their own developers.
-CHATTY = ("alembic", "httpx2", "httpcore2", "sqlalchemy", "wordllama")
+CHATTY = ("alembic", "httpcore", "httpcore2", "httpx", "httpx2", "sqlalchemy", "wordllama")
 
 
 def configure(level: str) -> None:

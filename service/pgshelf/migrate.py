@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pgshelf import database
 from pgshelf.settings import Settings
-from pgshelf.tables import metadata
+from pgshelf.tables import XID8, metadata
 
 if TYPE_CHECKING:
     from alembic.runtime.environment import EnvironmentContext
@@ -169,14 +169,15 @@ def _include(item: Any, name: str | None, kind: str, reflected: bool, compare_to
     return not (str(table).startswith("chunks_s") or table == "alembic_version")
 
 
-def _options() -> dict[str, Any]:
+def _options(destination: str | None) -> dict[str, Any]:
+    """Upwards each step is kept; downwards all or none: a last step that refuses must not find the first ones gone."""
     return {
         "target_metadata": metadata,
         "version_table_schema": SCHEMA,
         "include_schemas": True,
         "include_name": lambda name, kind, _: kind != "schema" or name == SCHEMA,
         "include_object": _include,
-        "transaction_per_migration": True,
+        "transaction_per_migration": destination in (None, head()),
         "compare_server_default": False,
     }
 
@@ -204,6 +205,7 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
             driver.execute(GUARDS)
             found = _vector_schema(driver)
             attributes["vector_schema"] = found[0] if found else attributes.get("vector_schema") or _default(environ)
+        ischema_names["xid8"] = XID8
         if found:
             ischema_names[found[1].lower()] = (
                 VECTOR  # reflection (alembic check) sees the type under its qualified name
@@ -220,7 +222,7 @@ def _migrate(context: EnvironmentContext, connection: Connection) -> None:
             context.script.get_revisions(destination)  # one that does not exist is refused before anything is made
         with connection.begin():
             _driver(connection).execute(_read("prepare.sql", context).encode())
-    context.configure(connection=connection, **_options())
+    context.configure(connection=connection, **_options(destination))
     with context.begin_transaction():
         context.run_migrations()
     connection.commit()  # Alembic looked at the version and left a transaction open
@@ -238,15 +240,17 @@ def run_offline(context: EnvironmentContext, environ: Mapping[str, str]) -> None
     """What env.py does without a database: the same statements, printed."""
     attributes = context.config.attributes
     attributes["vector_schema"] = attributes.get("vector_schema") or _default(environ)
-    context.configure(dialect_name="postgresql", literal_binds=True, **_options())
+    destination = _destination(context)
+    context.configure(dialect_name="postgresql", literal_binds=True, **_options(destination))
     output = context.get_context().impl.static_output
     output(
         "-- pgshelf, for a database without it. Run it with psql -v ON_ERROR_STOP=1, as the role that shall own it.\n"
     )
     output(f"{GUARDS};\nselect pg_advisory_lock({LOCK[0]}, {LOCK[1]});\n")
     output("begin;\n" + _read("prepare.sql", context) + "commit;\n")
-    context.run_migrations()
-    base = _destination(context) == "base"
+    with context.begin_transaction():
+        context.run_migrations()
+    base = destination == "base"
     output("begin;\n" + (_read("teardown.sql", context) if base else _routines(context)) + "commit;\n")
     output(f"select pg_advisory_unlock({LOCK[0]}, {LOCK[1]});\nreset all;\n")
 

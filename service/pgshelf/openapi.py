@@ -10,20 +10,70 @@ from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.chunks import Chunk, PatchChunk
-from pgshelf.documents import Document, PatchDocument
+from pgshelf.documents import (
+    Affected,
+    DeleteDocuments,
+    Document,
+    DocumentQuery,
+    DocumentsFound,
+    PatchDocument,
+    UpdateDocuments,
+)
 from pgshelf.errors import CODES, RETRY_AFTER
+from pgshelf.facets import FacetsAnswer, FacetsRequest
 from pgshelf.health import Health, Ready
 from pgshelf.http import Page, ProblemBody
+from pgshelf.index_choice import IndexChoice
+from pgshelf.indexes import Index
 from pgshelf.ingest import DocumentInput
 from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
-from pgshelf.search import SearchAnswer, SearchRequest
+from pgshelf.search import Batch, BatchAnswer, LibrariesAnswer, LibrariesRequest
+from pgshelf.searching import SearchAnswer, SearchRequest
 
 CHUNK = "6f1c9c1e-2f0d-4c5b-9a39-0d3f5a1b7c21"
 DOCUMENT = "0b8f6c52-93a4-4f7e-8a51-1f0f7a2f4d10"
 PATHS = {"library": "handbook", "document": "guide/vacuum", "chunk": CHUNK}
+HIT = {
+    "chunk_id": CHUNK,
+    "document_id": DOCUMENT,
+    "key": "guide/vacuum",
+    "ordinal": 0,
+    "score": 0.0325,
+    "distance": 0.5,
+    "text": "VACUUM reclaims storage occupied by dead tuples.",
+    "document": {
+        "title": "Vacuum",
+        "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
+        "metadata": {"year": 2025},
+    },
+    "highlight": "VACUUM <mark>reclaims</mark> storage occupied by dead tuples.",
+}
+DOCUMENT_ANSWER = {
+    "id": DOCUMENT,
+    "key": "guide/vacuum",
+    "title": "Vacuum",
+    "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
+    "metadata": {"year": 2025},
+    "version": 1,
+    "created_at": "2026-01-05T09:01:00Z",
+    "updated_at": "2026-01-05T09:01:00Z",
+    "chunks": {"total": 1, "pending": 0, "failed": 0},
+    "status": "ready",
+}
 BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
-    CreateLibrary: {"name": "handbook", "description": "How we run things", "metadata": {"team": "operations"}},
-    PatchLibrary: {"description": None, "chunking": {"size": 800, "overlap": 80}, "metadata": {"team": "platform"}},
+    CreateLibrary: {
+        "name": "handbook",
+        "description": "How we run things",
+        "metadata": {"team": "operations"},
+        "attributes": {"year": "number"},
+    },
+    PatchLibrary: {
+        "description": None,
+        "chunking": {"size": 800, "overlap": 80},
+        "metadata": {"team": "platform"},
+        "attributes": {"year": "number", "lang": "text"},
+    },
+    IndexChoice: {"type": "hnsw", "storage": "halfvec", "m": 16, "ef_construction": 64},
     DocumentInput: {
         "title": "Vacuum",
         "text": "VACUUM reclaims storage occupied by dead tuples.",
@@ -32,7 +82,29 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     },
     PatchDocument: {"title": "VACUUM", "metadata": {"year": 2026, "draft": None}},
     PatchChunk: {"text": "VACUUM takes back what dead tuples occupy.", "metadata": {"reviewed": True}},
-    SearchRequest: {"query": "how do I reclaim disk space", "k": 3, "include": ["text", "document"]},
+    SearchRequest: {
+        "query": 'how do I reclaim "disk space" -index',
+        "k": 3,
+        "filter": {"year": {"$gte": 2020}, "$or": [{"$title": {"$ilike": "vac%"}}, {"chunk.page": 3}]},
+        "include": ["text", "document", "highlight"],
+        "facets": ["year"],
+        "total": True,
+    },
+    Batch: {"searches": [{"query": "reclaim disk space", "k": 1}, {"query": "replication", "mode": "text"}]},
+    LibrariesRequest: {"libraries": ["handbook"], "query": "how do I reclaim disk space", "k": 3},
+    DocumentQuery: {
+        "filter": {"year": {"$gte": 2020}},
+        "sort": [{"field": "year", "order": "desc"}, {"field": "$title"}],
+        "limit": 10,
+        "total": True,
+    },
+    UpdateDocuments: {
+        "filter": {"year": {"$lt": 2026}, "reviewed": {"$exists": False}},
+        "patch": {"reviewed": False, "draft": None},
+        "max_affected": 1000,
+    },
+    DeleteDocuments: {"filter": {"$updated_at": {"$lt": "2020-01-01"}}, "dry_run": True},
+    FacetsRequest: {"attributes": ["year", "$source"], "filter": {"chunk.$text": {"$ilike": "%vacuum%"}}, "limit": 5},
 }
 ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     Library: {
@@ -45,6 +117,8 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "chunking": {"size": 1200, "overlap": 0},
         "language": "english",
         "metadata": {"team": "operations"},
+        "attributes": {"year": "number"},
+        "attributes_ready": {"year": "number"},
         "version": 1,
         "created_at": "2026-01-05T09:00:00Z",
         "updated_at": "2026-01-05T09:00:00Z",
@@ -58,18 +132,18 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "shelf": 1,
         "index": {"type": "flat", "state": "ready", "progress": 1.0},
     },
-    Document: {
-        "id": DOCUMENT,
-        "key": "guide/vacuum",
-        "title": "Vacuum",
-        "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
-        "metadata": {"year": 2025},
-        "version": 1,
-        "created_at": "2026-01-05T09:01:00Z",
-        "updated_at": "2026-01-05T09:01:00Z",
-        "chunks": {"total": 1, "pending": 0, "failed": 0},
-        "status": "ready",
+    Index: {
+        "wanted": {"type": "hnsw"},
+        "actual": {"type": "flat"},
+        "state": "building",
+        "progress": 0.45,
+        "phase": "building index: loading tuples",
+        "error": None,
+        "shelf": 0,
+        "moving": True,
+        "estimate": {"rows": 20000, "bytes": 17300000, "memory_bytes": 25300000, "seconds": 6.2},
     },
+    Document: DOCUMENT_ANSWER,
     Chunk: {
         "id": CHUNK,
         "document_id": DOCUMENT,
@@ -80,23 +154,30 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "error": None,
     },
     SearchAnswer: {
-        "hits": [
-            {
-                "chunk_id": CHUNK,
-                "document_id": DOCUMENT,
-                "key": "guide/vacuum",
-                "ordinal": 0,
-                "score": 0.5,
-                "distance": 0.5,
-                "text": "VACUUM reclaims storage occupied by dead tuples.",
-                "document": {
-                    "title": "Vacuum",
-                    "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
-                    "metadata": {"year": 2025},
-                },
-            }
-        ],
+        "hits": [HIT],
         "took_ms": 2.417,
+        "total": 1,
+        "facets": {"year": [{"value": 2025, "documents": 1}]},
+    },
+    BatchAnswer: {
+        "results": [
+            {"answer": {"hits": [HIT], "took_ms": 2.4}},
+            {
+                "error": {
+                    "status": 422,
+                    "code": "wrong_dimension",
+                    "detail": "It has 3 dimensions.",
+                }
+            },
+        ],
+        "took_ms": 5.3,
+    },
+    LibrariesAnswer: {"hits": [{**HIT, "library": "handbook"}], "took_ms": 4.1},
+    DocumentsFound: {"items": [DOCUMENT_ANSWER], "next": None, "total": 1},
+    Affected: {"affected": 12},
+    FacetsAnswer: {
+        "facets": {"year": [{"value": 2025, "documents": 7}, {"value": 2024, "documents": 5}]},
+        "documents": 12,
     },
     ProblemBody: {
         "type": "urn:pgshelf:error:library_not_found",

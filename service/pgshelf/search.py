@@ -1,155 +1,184 @@
-"""Search: decode, embed the text if there is no vector, run the one statement, encode."""
+"""Searching over REST: one library, several searches at once, several libraries at once."""
 
 from __future__ import annotations
 
-import math
+import asyncio
 import time
-from typing import Annotated, Any, Literal
-from uuid import UUID
+from typing import Annotated, Any
 
 import msgspec
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
-from pgvector import Vector
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, limits
-from pgshelf.embedding import embed, library_config
-from pgshelf.errors import Problem, invalid
+from pgshelf import database
+from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Config, Engine, LibraryName, problems
+from pgshelf.searching import (
+    Hit,
+    Ranking,
+    SearchAnswer,
+    SearchRequest,
+    ask,
+    call,
+    check,
+    hit,
+    milliseconds,
+    reranked,
+    search,
+    widened,
+)
 from pgshelf.settings import Settings
 
-Part = Literal["text", "metadata", "document", "embedding"]
+AT_ONCE = 4  # searches of a batch that run beside each other; each takes a connection of the pool
+PROBLEMS = problems(404, 413, 415, 422, 502)
 
 
-class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """What to look for: either `query`, which the library's embedder turns into a vector, or `vector`."""
+class Batch(msgspec.Struct, forbid_unknown_fields=True):
+    """Several searches of one library."""
 
-    query: Annotated[
-        Annotated[str, Meta(min_length=1, examples=["how do I reclaim space"])] | None,
-        Meta(description="A text, at most PGSHELF_MAX_QUERY_LENGTH (10000) characters; needs an embedder."),
-    ] = None
-    vector: Annotated[
-        Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None,
-        Meta(description="Numbers, or their little-endian float32 bytes (base64 in JSON), of the library's dimension."),
-    ] = None
-    mode: Annotated[
-        Literal["vector", "text", "hybrid"] | None,
-        Meta(description="`vector` if absent; `text` and `hybrid` answer 422 mode_unavailable in this version."),
-    ] = None
-    k: Annotated[
-        Annotated[int, Meta(ge=1)], Meta(description="How many hits at most; PGSHELF_MAX_K (1000) is the limit.")
-    ] = 10
-    offset: Annotated[
-        Annotated[int, Meta(ge=0)], Meta(description="How many hits to skip; PGSHELF_MAX_OFFSET (10000) is the limit.")
-    ] = 0
-    max_distance: Annotated[float | None, Meta(description="Leave out hits farther away than this.")] = None
-    min_score: Annotated[float | None, Meta(description="Leave out hits with a lower score.")] = None
-    include: Annotated[
-        list[Part],
-        Meta(description="What each hit carries.", extra_json_schema={"default": ["text", "metadata", "document"]}),
-    ] = msgspec.field(default_factory=lambda: ["text", "metadata", "document"])
-    exact: Annotated[bool, Meta(description="Every search is exact in this version, whatever is sent.")] = True
+    searches: Annotated[
+        Annotated[list[SearchRequest], Meta(min_length=1)],
+        Meta(description="At most PGSHELF_MAX_BATCH (100) of them."),
+    ]
 
 
-class HitDocument(msgspec.Struct):
-    """The document that a hit belongs to."""
+class BatchProblem(msgspec.Struct):
+    """Why one search of a batch failed; the others are not affected."""
 
-    title: Annotated[str | None, Meta(description="Its title.")]
-    source: Annotated[str | None, Meta(description="Where it comes from.")]
-    metadata: Annotated[dict[str, Any], Meta(description="The document's metadata.")]
-
-
-class Hit(msgspec.Struct):
-    """A chunk that was found."""
-
-    chunk_id: Annotated[UUID, Meta(description="The chunk.")]
-    document_id: Annotated[UUID, Meta(description="Its document.")]
-    key: Annotated[str | None, Meta(description="The document's key.")]
-    ordinal: Annotated[int, Meta(description="The chunk's place in its document.")]
-    score: Annotated[float, Meta(description="Better when higher, whatever the metric.")]
-    distance: Annotated[float, Meta(description="Better when lower; the metric's own.")]
-    text: Annotated[str | UnsetType, Meta(description="The passage; with `text` in `include`.")] = UNSET
-    metadata: Annotated[
-        dict[str, Any] | UnsetType, Meta(description="The chunk's metadata; with `metadata` in `include`.")
-    ] = UNSET
-    document: Annotated[
-        HitDocument | UnsetType, Meta(description="About its document; with `document` in `include`.")
-    ] = UNSET
-    embedding: Annotated[list[float] | UnsetType, Meta(description="Its vector; with `embedding` in `include`.")] = (
-        UNSET
-    )
+    status: Annotated[int, Meta(description="The status that it would have had alone.")]
+    code: Annotated[str, Meta(description="The stable code of the problem.")]
+    detail: Annotated[str, Meta(description="What to do.")]
 
 
-class SearchAnswer(msgspec.Struct):
-    """What was found."""
+class BatchResult(msgspec.Struct):
+    """The answer to one search of a batch: `answer` or `error`."""
 
-    hits: Annotated[list[Hit], Meta(description="Best first; ties are in the order of the chunk ids.")]
-    took_ms: Annotated[float, Meta(description="Milliseconds in the server, the embedding of the query included.")]
+    answer: Annotated[SearchAnswer | UnsetType, Meta(description="What was found.")] = UNSET
+    error: Annotated[BatchProblem | UnsetType, Meta(description="Why it failed.")] = UNSET
 
 
-# the statement that pgshelf.search executes, by calling it
-STATEMENT = """select * from pgshelf.search(
-  %s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s, include => %s)"""
+class BatchAnswer(msgspec.Struct):
+    """One result for each search, in their order."""
+
+    results: Annotated[list[BatchResult], Meta(description="In the order of the searches.")]
+    took_ms: Annotated[float, Meta(description="Milliseconds in the server.")]
+
+
+class LibrariesRequest(Ranking, forbid_unknown_fields=True, kw_only=True):
+    """A search of several libraries, with `query` or `vector`; hits compete by their scores."""
+
+    libraries: Annotated[
+        Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=100)],
+        Meta(description="Names or ids. Where vectors count, all must have the same metric."),
+    ]
+
+
+class LibrariesAnswer(msgspec.Struct):
+    """What was found; each hit names its library."""
+
+    hits: Annotated[list[Hit], Meta(description="Best first, whatever library they are in.")]
+    took_ms: Annotated[float, Meta(description="Milliseconds in the server.")]
 
 
 @post(
     "/libraries/{library:str}/search",
     status_code=200,
-    responses=problems(404, 413, 415, 422, 502),
+    responses=PROBLEMS,
     response_description="The hits, maybe none",
     summary="Search a library",
     operation_id="search",
 )
-async def search(library: LibraryName, data: JSONBody[SearchRequest], engine: Engine, settings: Config) -> SearchAnswer:
-    """Find the chunks nearest to a text or a vector, exactly."""
+async def search_library(
+    library: LibraryName, data: JSONBody[SearchRequest], engine: Engine, settings: Config
+) -> SearchAnswer:
+    """Find chunks by meaning, by words, or by both, among those that match a filter."""
+    return await search(engine, settings, library, data)
+
+
+@post(
+    "/libraries/{library:str}/search/batch",
+    status_code=200,
+    responses=PROBLEMS,
+    response_description="One result for each search",
+    summary="Search a library several times",
+    operation_id="searchBatch",
+)
+async def search_batch(library: LibraryName, data: JSONBody[Batch], engine: Engine, settings: Config) -> BatchAnswer:
+    """Carry out several searches; one that fails spoils no other."""
     started = time.perf_counter()
-    _check(data, settings)
-    if data.vector is not None:
-        vector = limits.vector(data.vector, "vector")
-    else:
-        vector = await _embed(library, data.query or "", engine)
-    rows = await database.run(
-        engine, STATEMENT, library, vector, data.k, data.offset, data.max_distance, data.min_score, list(data.include)
+    if len(data.searches) > settings.max_batch:
+        raise invalid("searches", f"has {len(data.searches)} searches, at most {settings.max_batch} are allowed")
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(request: SearchRequest) -> BatchResult:
+        async with turn:
+            try:
+                return BatchResult(answer=await search(engine, settings, library, request))
+            except Exception as error:
+                problem = problem_of(error)
+                if problem.code in ("library_not_found", "internal_error"):  # of the request as a whole
+                    raise
+                return BatchResult(error=BatchProblem(problem.status, problem.code, problem.detail))
+
+    results = await asyncio.gather(*(one(request) for request in data.searches))
+    return BatchAnswer(list(results), milliseconds(started))
+
+
+@post(
+    "/search",
+    status_code=200,
+    responses=PROBLEMS,
+    response_description="The hits, maybe none",
+    summary="Search several libraries",
+    operation_id="searchLibraries",
+)
+async def search_libraries(data: JSONBody[LibrariesRequest], engine: Engine, settings: Config) -> LibrariesAnswer:
+    """Search several libraries in one statement; each embeds the query with its own embedder."""
+    started = time.perf_counter()
+    check(data, settings)
+    if data.query is None and data.vector is None:
+        raise invalid("query", "give query or vector")
+    wide = widened(data, settings)
+    hits = await _several(engine, settings, wide)
+    if data.rerank is not None:
+        hits = await reranked(settings, data, hits)
+    return LibrariesAnswer(hits, milliseconds(started))
+
+
+async def _several(engine: AsyncEngine, settings: Settings, data: LibrariesRequest) -> list[Hit]:
+    names = list(dict.fromkeys(data.libraries))
+    known = await database.run(
+        engine, "select l.id, l.name, l.metric from unnest(%s::text[]) n, pgshelf.library_named(n) l", names
     )
-    hits = [_hit(row, data.include) for row in rows]
-    return SearchAnswer(hits, round((time.perf_counter() - started) * 1000, 3))
-
-
-async def _embed(library: str, query: str, engine: Engine) -> Vector:
-    config = await library_config(engine, library)
-    return (await embed(config.embedder, [query], "query", ["query"]))[0]
-
-
-def _check(data: SearchRequest, settings: Settings) -> None:
-    if data.mode in ("text", "hybrid"):
-        raise Problem("mode_unavailable", f'mode {data.mode} is not available yet; leave it out, or use "vector".')
-    if (data.query is None) == (data.vector is None):
-        raise invalid("query", "give either query or vector")
-    if data.query is not None:
-        limits.required_text(data.query, settings.max_query_length, "query")
-    for name in ("max_distance", "min_score"):  # MessagePack can say NaN and infinity
-        if (bound := getattr(data, name)) is not None and not math.isfinite(bound):
-            raise invalid(name, "must be a finite number")
-    if data.k > settings.max_k:
-        raise invalid("k", f"is {data.k}, at most {settings.max_k} is allowed")
-    if data.offset > settings.max_offset:
-        raise invalid(
-            "offset", f"is {data.offset}, at most {settings.max_offset} is allowed; narrow the search instead"
+    known = list({row[0]: row for row in known}.values())
+    shared = {field: getattr(data, field) for field in Ranking.__struct_fields__}
+    questions = await asyncio.gather(*(ask(engine, settings, str(row[0]), SearchRequest(**shared)) for row in known))
+    modes = {question.mode for question in questions}
+    if len(modes) > 1:
+        raise Problem(
+            "libraries_differ",
+            "Some of the libraries have no embedder; name the mode: text searches them all by words.",
         )
+    if modes != {"text"} and len({row[2] for row in known}) > 1:
+        metrics = ", ".join(f"{row[1]}: {row[2]}" for row in known)
+        raise Problem(
+            "libraries_differ", f"Scores of different metrics cannot be compared ({metrics}). Search them one by one."
+        )
+    every = msgspec.structs.replace(data, k=data.k + data.offset, offset=0)
+    statements, parameters = [], list[Any]()
+    for (library, name, _), question in zip(known, questions, strict=True):
+        statement, given = call(str(library), every, question)
+        statements.append(f"(select h.*, %s::text as library from {statement} h)")  # noqa: S608 - constants
+        parameters += [name, *given]
+    merged = f"""select * from ({" union all ".join(statements)}) x
+      order by x.score desc, x.chunk_id limit %s offset %s"""  # noqa: S608 - put together from constants
+    rows = await database.run(engine, merged, *parameters, data.k, data.offset)
+    found = [hit(row, data.include) for row in rows]
+    for item, row in zip(found, rows, strict=True):
+        item.library = row[-1]
+    return found
 
 
-def _hit(row: tuple[Any, ...], include: list[Part]) -> Hit:
-    hit = Hit(*row[:6])
-    if "text" in include:
-        hit.text = row[6]
-    if "metadata" in include:
-        hit.metadata = row[7]
-    if "document" in include:
-        hit.document = HitDocument(*row[8:11])
-    if "embedding" in include:
-        hit.embedding = row[11].to_list()
-    return hit
-
-
-router = Router("/", route_handlers=[search], tags=["search"])
+router = Router("/", route_handlers=[search_library, search_batch, search_libraries], tags=["search"])

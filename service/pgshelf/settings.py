@@ -45,6 +45,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     chunk_size: Annotated[int, Meta(ge=50, le=20_000)] = 1200
     chunk_overlap: Annotated[int, Meta(ge=0, le=10_000)] = 0
 
+    cohere_api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
+    cohere_base_url: Annotated[str, Meta(pattern=r"^https?://[^/?#\s]+[^?#\s]*\Z")] = "https://api.cohere.com"
+    cohere_timeout: Annotated[float, Meta(gt=0)] = 10.0
+
     pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
     pool_timeout: Annotated[float, Meta(gt=0)] = 5.0
     connect_timeout: Annotated[int, Meta(ge=2)] = 5
@@ -57,6 +61,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     worker_attempts: Annotated[int, Meta(ge=1)] = 8
     embed_batch: Annotated[int, Meta(ge=1, le=10_000)] = 256
 
+    promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
+    index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
+
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     max_title_length: Annotated[int, Meta(ge=1)] = 1000
     max_query_length: Annotated[int, Meta(ge=1)] = 10_000
@@ -67,7 +74,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_metadata_depth: Annotated[int, Meta(ge=1, le=100)] = 16
     max_k: Annotated[int, Meta(ge=1, le=10_000)] = 1000
     max_offset: Annotated[int, Meta(ge=0, le=1_000_000)] = 10_000
+    max_batch: Annotated[int, Meta(ge=1, le=10_000)] = 100
     max_page: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+    max_rerank_candidates: Annotated[int, Meta(ge=1, le=1000)] = 100
 
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
@@ -76,6 +85,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("the embedded PostgreSQL is 18 or 16")
         if self.chunk_overlap >= self.chunk_size:
             raise ValueError("chunk_overlap must be smaller than chunk_size")
+        try:
+            urlsplit(self.cohere_base_url).port  # noqa: B018 - reading it is what checks it
+        except ValueError:
+            raise ValueError("cohere_base_url must be an address such as https://api.cohere.com") from None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], **overrides: Any) -> Settings:
@@ -117,7 +130,9 @@ def _decode(kind: type, value: object) -> object:
 
 
 def _shown(name: str, value: object) -> str:
-    if name == "database_url" and value:
+    if name == "cohere_api_key" and value:
+        return "***"
+    if (name == "database_url" and value) or (name == "cohere_base_url" and "@" in str(value)):
         return masked(str(value))
     return str(value)
 

@@ -8,18 +8,32 @@ from sqlalchemy import (
     Column,
     Computed,
     DateTime,
+    Double,
     ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
+    Sequence,
     Table,
     Text,
     UniqueConstraint,
+    func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR, UUID
+from sqlalchemy.dialects.postgresql import ARRAY, BIT, JSONB, TSVECTOR, UUID
+from sqlalchemy.types import UserDefinedType
+
+
+class XID8(UserDefinedType[str]):
+    """PostgreSQL's 64-bit transaction id, which SQLAlchemy has no name for."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        return "xid8"
+
 
 metadata = MetaData(schema="pgshelf")
 moment = DateTime(timezone=True)
@@ -51,7 +65,13 @@ libraries = Table(
     Column("language", Text, nullable=False, server_default="english"),
     Column("index", JSONB, nullable=False, comment="The wanted index; index_state tells how far the actual one is."),
     Column("index_state", Text, nullable=False, server_default="ready"),
-    Column("attributes", JSONB, nullable=False, server_default=empty),
+    Column(
+        "attributes",
+        JSONB,
+        nullable=False,
+        server_default=empty,
+        comment='Metadata fields to index: {"year": "number"}.',
+    ),
     Column("metadata", JSONB, nullable=False, server_default=empty),
     Column(
         "shelf",
@@ -73,6 +93,28 @@ libraries = Table(
     Column("created_at", moment, nullable=False, server_default=now),
     Column("updated_at", moment, nullable=False, server_default=now),
     Column("deleted_at", moment, comment="Set when the library was deleted; its rows are reaped afterwards."),
+    Column(
+        "index_actual",
+        JSONB,
+        nullable=False,
+        server_default=text("""'{"type": "flat"}'"""),
+        comment="The index that searches use now.",
+    ),
+    Column("index_error", Text, comment="Why the last attempt to build the wanted index failed."),
+    Column("index_attempts", Integer, nullable=False, server_default="0"),
+    Column("index_after", moment, nullable=False, server_default=now),
+    Column(
+        "attributes_ready",
+        JSONB,
+        nullable=False,
+        server_default=empty,
+        comment="The attributes whose values are all in attribute_values.",
+    ),
+    Column(
+        "attributes_filling",
+        JSONB,
+        comment="How far the worker has come with attributes that were declared; null when it is done.",
+    ),
     PrimaryKeyConstraint("id", name="libraries_pkey"),
     Index("libraries_name_key", "name", unique=True, postgresql_where=text("deleted_at is null")),
     Index("libraries_order_idx", "created_at", "id"),
@@ -109,7 +151,15 @@ documents = Table(
     UniqueConstraint("library_id", "key", name="documents_key_key"),
     ForeignKeyConstraint(["library_id"], ["pgshelf.libraries.id"], name="documents_library_fk"),
     Index("documents_order_idx", "library_id", "created_at", "id"),
+    Index("documents_sample_idx", "library_id", "id"),
     comment="A document of a library; business tables may reference its id.",
+)
+Index(
+    "documents_metadata_idx",
+    func.pgshelf.scoped(documents.c.library_id, documents.c.metadata).label("scoped"),
+    postgresql_using="gin",
+    postgresql_ops={"scoped": "jsonb_path_ops"},
+    postgresql_with={"fastupdate": "off"},
 )
 
 chunks = Table(
@@ -129,9 +179,14 @@ chunks = Table(
     Column("embed_attempts", Integer, nullable=False, server_default="0"),
     Column("embed_after", moment, nullable=False, server_default=now),
     Column("embed_error", Text, comment="Why the last attempt to embed this chunk failed."),
+    Column(
+        "code",
+        BIT(varying=True),
+        comment="On which side of each hyperplane the vector lies; null where the library has no lsh index.",
+    ),
     PrimaryKeyConstraint("library_id", "document_id", "ordinal", "place", "shelf", name="chunks_pkey"),
     Index("chunks_id_idx", "id"),
-    Index("chunks_pending_idx", "embed_after", "library_id", postgresql_where=text("embedding is null")),
+    Index("chunks_pending_idx", "library_id", "embed_after", postgresql_where=text("embedding is null")),
     comment="The passages that are searched; rows count where their shelf is their library's.",
     postgresql_partition_by="list (shelf)",
 )
@@ -143,4 +198,96 @@ move_log = Table(
     Column("document_id", UUID(as_uuid=True), nullable=False),
     Index("move_log_library_idx", "library_id"),
     comment="Documents written while their library moves between shelves.",
+)
+
+Sequence("shelf_seq", metadata=metadata, data_type=Integer)
+Sequence("index_seq", metadata=metadata, data_type=Integer)
+
+retired_shelves = Table(
+    "retired_shelves",
+    metadata,
+    Column("shelf", Integer, nullable=False, autoincrement=False),
+    Column("retired_at", moment, nullable=False, server_default=now),
+    PrimaryKeyConstraint("shelf", name="retired_shelves_pkey"),
+    comment="Shelves that no library uses any more and that will be dropped.",
+)
+
+planes = Table(
+    "planes",
+    metadata,
+    Column("serial", Integer, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("plane", VECTOR, nullable=False),
+    PrimaryKeyConstraint("serial", "number", name="planes_pkey"),
+    comment="Hyperplanes of lsh indexes and axes of kdtree indexes, by the serial of the index.",
+)
+
+attribute_values = Table(
+    "attribute_values",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("document_id", UUID(as_uuid=True), nullable=False),
+    Column("attribute", Text, nullable=False),
+    Column("num", Double),
+    Column("txt", Text(collation="C")),
+    Column("ts", moment),
+    Column(
+        "exact",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="False where only the document has the whole value: another type, a long text, a number beyond float8.",
+    ),
+    PrimaryKeyConstraint("library_id", "document_id", "attribute", name="attribute_values_pkey"),
+    Index(
+        "attribute_values_inexact_idx",
+        "library_id",
+        "attribute",
+        "document_id",
+        postgresql_where=text("not exact"),
+    ),
+    *(
+        Index(
+            f"attribute_values_{name}_idx",
+            "library_id",
+            "attribute",
+            name,
+            "document_id",
+            postgresql_where=text(f"{name} is not null"),
+        )
+        for name in ("num", "txt", "ts")
+    ),
+    comment="Declared attributes of documents, kept by triggers, for ranges, sorting and facets.",
+)
+
+terms = Table(
+    "terms",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("lexeme", Text(collation="C"), nullable=False),
+    Column("chunks", BigInteger, nullable=False),
+    PrimaryKeyConstraint("library_id", "lexeme", name="terms_pkey"),
+    comment="How many chunks of a library hold a frequent word; made by the worker.",
+)
+
+word_statistics = Table(
+    "word_statistics",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("chunks", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("made_at", moment, nullable=False, server_default=now),
+    PrimaryKeyConstraint("library_id", name="word_statistics_pkey"),
+    comment="Chunks of a library and the bytes of their texts when its terms were counted.",
+)
+
+waiting = Table(
+    "waiting",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("xid", XID8, nullable=False),
+    Column("due", moment, nullable=False, comment="None of these chunks may be tried before."),
+    PrimaryKeyConstraint("library_id", "xid", name="waiting_pkey"),
+    Index("waiting_due_idx", "due"),
+    comment="Libraries that may hold chunks without a vector, by the transaction that wrote them.",
 )

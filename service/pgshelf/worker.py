@@ -14,7 +14,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database
+from pgshelf import database, shelves
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import embedder_of, store, text_hash
 from pgshelf.errors import Problem, problem_of
@@ -97,10 +97,15 @@ async def reap(engine: AsyncEngine, _: Settings) -> int:
     return int((await database.run(engine, "select pgshelf.reap_deleted()"))[0][0])
 
 
+async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
+    """Bring declared attributes a batch of documents nearer to being ready."""
+    return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
+
+
 async def reconcile(engine: AsyncEngine, settings: Settings) -> bool | None:
     """One round of everything. Was there something to do? None: a step failed, which keeps no other from running."""
     busy, failed = False, False
-    for step in (embed_pending, reap):
+    for step in (embed_pending, fill_attributes, reap):
         try:
             busy = bool(await step(engine, settings)) or busy
         except Exception as error:
@@ -124,12 +129,14 @@ async def _forever(engine: AsyncEngine, settings: Settings) -> None:
 
 @contextlib.asynccontextmanager
 async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None]:
-    """Reconcile in the background while the block runs."""
-    task = asyncio.create_task(_forever(engine, settings), name="pgshelf worker") if settings.worker_enabled else None
+    """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
+    work = [_forever(engine, settings), shelves.forever(settings)] if settings.worker_enabled else []
+    tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield
     finally:
-        if task is not None:
+        for task in tasks:
             task.cancel()
+        for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task

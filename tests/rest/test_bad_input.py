@@ -316,17 +316,17 @@ EMBEDDERS = [
     Case("PATCH", f"{SHELF}/chunks/CHUNK", {"embedding": [0, 0, 0]}, "zero_vector", "zero"),
     Case("PATCH", f"{SHELF}/chunks/CHUNK", {"text": " "}, INVALID, "empty"),
     Case("PATCH", f"{SHELF}/chunks/CHUNK", {"text": "x" * 2001}, INVALID, "2000"),
-    post(SEARCH, {"query": "x"}, "no_embedder", "vectors"),
+    post(SEARCH, {"query": "x", "mode": "vector"}, "no_embedder", "vectors"),
+    post(SEARCH, {"query": "x", "mode": "hybrid"}, "no_embedder", "vectors"),
     post(LOCAL, chunk([1.0, 0, 0]), "wrong_dimension", "256"),
     post(LOCAL, {"key": "new", "chunks": [{"text": "a"}, {"text": "b", "embedding": [1.0]}]}, "wrong_dimension", "256"),
 ]  # fmt: skip
 
 SEARCHES = [
-    post(SEARCH, {}, INVALID, "either query or vector"),
-    post(LOCAL_SEARCH, {"query": "x", "vector": [1, 0, 0]}, INVALID, "either query or vector"),
-    post(SEARCH, {"query": None, "vector": None}, INVALID, "either query or vector"),
-    post(LOCAL_SEARCH, {"query": "x", "mode": "text"}, "mode_unavailable", "vector"),
-    post(LOCAL_SEARCH, {"query": "x", "mode": "hybrid"}, "mode_unavailable", "vector"),
+    post(SEARCH, {}, INVALID, "at least one of query, vector and like"),
+    post(LOCAL_SEARCH, {"query": "x", "vector": [1, 0, 0]}, "wrong_dimension", "256"),
+    post(SEARCH, {"query": None, "vector": None}, INVALID, "at least one of query, vector and like"),
+    post(SEARCH, {"vector": [1, 0, 0], "mode": "text"}, INVALID, "query"),
     *(post(SEARCH, searching(wrong), INVALID, words) for wrong, words in [
         ({"mode": "magic"}, "mode"), ({"k": 0}, "k"), ({"k": -1}, "k"), ({"k": 101}, "at most 100"), ({"k": 10**25},
           "k"),

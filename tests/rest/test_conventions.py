@@ -134,7 +134,7 @@ async def test_a_slash_at_the_end_is_another_address(client: httpx2.AsyncClient)
         ("PATCH", f"{SHELF}/documents/k", {"text": "x"}),
         ("PATCH", f"{SHELF}/chunks/{UNKNOWN_ID}", {"ordinal": 1}),
         ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "limit": 5}),
-        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "filter": {}}),
+        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "where": {}}),
     ],
 )
 async def test_unknown_fields_are_refused(

@@ -26,6 +26,8 @@ async def test_a_name_is_enough(client: httpx2.AsyncClient) -> None:
         "chunking": {"size": 1200, "overlap": 0},
         "language": "english",
         "metadata": {},
+        "attributes": {},
+        "attributes_ready": {},
         "version": 1,
     }
     assert ok(await client.get(response.headers["location"])) == made
@@ -40,6 +42,7 @@ async def test_everything_that_is_given_is_kept(client: httpx2.AsyncClient) -> N
         "language": "german",
         "chunking": {"size": 500, "overlap": 50},
         "metadata": {"owner": {"team": "search"}, "tags": ["a", "ü", "\U0001f4da"], "n": 1.5, "none": None},
+        "attributes": {"year": "number", "author.name": "text", "published": "datetime"},
     }
     made = ok(await client.post("/v1/libraries", json=given), 201)
     assert given.items() <= made.items()

@@ -15,8 +15,9 @@ from tests.rest.asking import chunks, ok
 
 ORDER = [  # each needs what those before it made
     "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "listDocuments",
-    "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk", "search", "libraryStats", "updateLibrary",
-    "deleteChunk", "deleteDocument", "deleteLibrary",
+    "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk", "search", "searchBatch",
+    "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex", "queryDocuments", "facets",
+    "updateDocuments", "deleteDocuments", "deleteChunk", "deleteDocument", "deleteLibrary",
 ]  # fmt: skip
 
 
@@ -102,6 +103,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
     described = await document(client)
     schemas = described["components"]["schemas"]
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
+    answers |= {"DocumentsFound", "Affected", "FacetsAnswer"}
     assert answers <= {name for name in schemas if "examples" in schemas[name]}
     for name, schema in schemas.items():
         for value in schema.get("examples", []):
@@ -131,7 +133,18 @@ async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.Asy
 
 async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
     schemas = (await document(client))["components"]["schemas"]
-    for name in ("CreateLibrary", "PatchLibrary", "DocumentInput", "ChunkInput", "PatchDocument", "PatchChunk"):
+    for name in (
+        "CreateLibrary",
+        "PatchLibrary",
+        "DocumentInput",
+        "ChunkInput",
+        "PatchDocument",
+        "PatchChunk",
+        "DocumentQuery",
+        "UpdateDocuments",
+        "DeleteDocuments",
+        "FacetsRequest",
+    ):
         assert schemas[name]["additionalProperties"] is False, name
     search = schemas["SearchRequest"]
     assert search["additionalProperties"] is False

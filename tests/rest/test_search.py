@@ -186,7 +186,8 @@ async def test_what_has_no_vector_yet_is_not_found(database_url: str, make_setti
     assert await found(client, query="anything") == []
     path = at("libraries", "shelf", "documents")
     ok(await client.post(path, params={"wait": "false"}, json={"key": "late", "text": "storage"}), 202)
-    assert await found(client, query="storage") == []
+    assert await found(client, query="storage", mode="vector") == []
+    assert [hit["distance"] for hit in await found(client, query="storage")] == [None]  # its words are there
     await document(client, "late", text="storage")
     assert [hit["key"] for hit in await found(client, query="storage", mode="vector", exact=True)] == ["late"]
 

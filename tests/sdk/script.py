@@ -79,10 +79,23 @@ LIBRARY: dict[str, Any] = {
     "embedder": {"provider": "local", "model": "wordllama", "dimension": 256},
     "chunking": {"size": 1000, "overlap": 100},
     "language": "english",
+    "attributes": {"year": "number", "lang": "text"},
+    "attributes_ready": {"year": "number"},
     "metadata": {"team": "docs"},
     "version": 1,
     "created_at": "2025-01-02T03:04:05.678901Z",
     "updated_at": "2025-01-02T03:04:05.678901+00:00",
+}
+INDEX: dict[str, Any] = {
+    "wanted": {"type": "hnsw"},
+    "actual": {"type": "flat"},
+    "state": "ready",
+    "progress": 0.45,
+    "phase": "building index: loading tuples",
+    "error": None,
+    "shelf": 0,
+    "moving": True,
+    "estimate": {"rows": 20000, "bytes": 17300000, "memory_bytes": 25300000, "seconds": 6.2},
 }
 DOCUMENT: dict[str, Any] = {
     "id": "0198c0de-0000-7000-8000-000000000002",
@@ -115,4 +128,6 @@ HIT: dict[str, Any] = {
     "text": CHUNK["text"],
     "metadata": {},
     "document": {"title": "Vacuum", "source": None, "metadata": {}},
+    "highlight": "<mark>Vacuum</mark> reclaims dead rows.",
+    "library": None,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import uuid
 from datetime import UTC, datetime
 
@@ -12,9 +13,15 @@ import pytest
 
 import pgshelf_client
 from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
-from tests.sdk.script import CHUNK, DOCUMENT, HIT, LIBRARY, Script, ok
+from tests.sdk.script import CHUNK, DOCUMENT, HIT, INDEX, LIBRARY, Script, ok
 
-FOUND = {"hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5}
+FOUND = {
+    "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "total": 7,
+    "facets": {"year": [{"value": 2026, "documents": 2}, {"value": None, "documents": 1}]},
+    "explain": {"strategy": "index", "statement": "with", "plan": {"Plan": {}}, "rows_removed": 3, "recall": 0.9},
+}  # fmt: skip
+DOCUMENTS = "/v1/libraries/handbook/documents"
+SEARCH = "/v1/libraries/handbook/search"
 STATS = {
     "documents": 2, "chunks": 5, "pending": 1, "failed": 0, "bytes": 4096, "shelf": 0,
     "index": {"type": "flat", "state": "ready", "progress": 1.0},
@@ -28,10 +35,12 @@ CALLS = [
     (
         "create_library", ("h",),
         {"embedder": {"provider": "none"}, "dimension": 3, "metric": "l2", "language": "german", "description": "d",
-         "chunking": {"size": 500}, "metadata": {"a": None}},
+         "chunking": {"size": 500}, "metadata": {"a": None}, "index": {"type": "lsh", "bits": 64},
+         "attributes": {"year": "number"}},
         LIBRARY, "POST /v1/libraries",
         {"name": "h", "embedder": {"provider": "none"}, "dimension": 3, "metric": "l2", "language": "german",
-         "description": "d", "chunking": {"size": 500}, "metadata": {"a": None}},
+         "description": "d", "chunking": {"size": 500}, "metadata": {"a": None}, "index": {"type": "lsh", "bits": 64},
+         "attributes": {"year": "number"}},
     ),
     ("get_library", ("handbook",), {}, LIBRARY, "GET /v1/libraries/handbook", None),
     ("update_library", ("handbook",), {"name": "book"}, LIBRARY, "PATCH /v1/libraries/handbook", {"name": "book"}),
@@ -40,6 +49,23 @@ CALLS = [
         LIBRARY, "PATCH /v1/libraries/handbook",
         {"description": None, "chunking": {"size": 9}, "metadata": {"a": None}},
     ),
+    (
+        "update_library", ("handbook",), {"attributes": {"year": "number"}},
+        LIBRARY, "PATCH /v1/libraries/handbook", {"attributes": {"year": "number"}},
+    ),
+    (
+        "update_library", ("handbook",), {"attributes": None}, LIBRARY,
+        "PATCH /v1/libraries/handbook", {"attributes": None},
+    ),
+    ("get_index", ("handbook",), {}, INDEX, "GET /v1/libraries/handbook/index", None),
+    ("set_index", ("handbook", "flat"), {}, INDEX, "PUT /v1/libraries/handbook/index", {"type": "flat"}),
+    (
+        "set_index", ("handbook", "hnsw"),
+        {"storage": "bit", "m": 8, "ef_construction": 32, "lists": 7, "bits": 64, "seed": 0}, INDEX,
+        "PUT /v1/libraries/handbook/index",
+        {"type": "hnsw", "storage": "bit", "m": 8, "ef_construction": 32, "lists": 7, "bits": 64, "seed": 0},
+    ),
+    ("wait_for_index", ("handbook",), {"timeout": 1}, INDEX, "GET /v1/libraries/handbook/index", None),
     ("library_stats", ("handbook",), {}, STATS, "GET /v1/libraries/handbook/stats", None),
     ("add_document", ("handbook",), {"text": "t"}, DOCUMENT, "POST /v1/libraries/handbook/documents", {"text": "t"}),
     (
@@ -76,14 +102,57 @@ CALLS = [
         "update_chunk", ("handbook", "c"), {"embedding": [1, 2], "metadata": {"a": None}}, CHUNK,
         "PATCH /v1/libraries/handbook/chunks/c", {"embedding": [1.0, 2.0], "metadata": {"a": None}},
     ),
-    ("search", ("handbook", "rows"), {}, FOUND, "POST /v1/libraries/handbook/search", {"query": "rows"}),
+    ("search", ("handbook", "rows"), {}, FOUND, f"POST {SEARCH}", {"query": "rows"}),
     (
         "search", ("handbook",),
         {"vector": [1, 0], "mode": "vector", "k": 3, "offset": 2, "max_distance": 0.5, "min_score": 0.0,
-         "include": ("text", "embedding"), "exact": False},
-        FOUND, "POST /v1/libraries/handbook/search",
+         "include": ("text", "embedding"), "exact": False, "ef_search": 200, "filter": {"year": {"$gte": 2020}},
+         "mmr": {"lambda": 0.5}, "total": False, "explain": True, "facets": "year"},
+        FOUND, f"POST {SEARCH}",
         {"vector": [1.0, 0.0], "mode": "vector", "k": 3, "offset": 2, "max_distance": 0.5, "min_score": 0.0,
-         "include": ["text", "embedding"], "exact": False},
+         "include": ["text", "embedding"], "exact": False, "ef_search": 200, "filter": {"year": {"$gte": 2020}},
+         "mmr": {"lambda": 0.5}, "total": False, "explain": True, "facets": ["year"]},
+    ),
+    (
+        "search", ("handbook", "rows"),
+        {"mode": "hybrid", "like": {"chunk": uuid.UUID(int=1)}, "fusion": {"method": "weighted", "weights": [1, 2]},
+         "group_by": "document", "group_size": 2, "rerank": {"provider": "cohere"}, "facets": ("year", "lang")},
+        FOUND, f"POST {SEARCH}",
+        {"query": "rows", "mode": "hybrid", "like": {"chunk": str(uuid.UUID(int=1))},
+         "fusion": {"method": "weighted", "weights": [1, 2]}, "group_by": "document", "group_size": 2,
+         "rerank": {"provider": "cohere"}, "facets": ["year", "lang"]},
+    ),
+    (
+        "facets", ("handbook", ["year", "lang"]), {},
+        {"facets": {"year": [{"value": 2026, "documents": 2}], "lang": []}, "documents": 2},
+        "POST /v1/libraries/handbook/facets", {"attributes": ["year", "lang"]},
+    ),
+    (
+        "facets", ("handbook", "year"), {"filter": {"lang": "en"}, "limit": 3}, {"facets": {}, "documents": 0},
+        "POST /v1/libraries/handbook/facets", {"attributes": ["year"], "filter": {"lang": "en"}, "limit": 3},
+    ),
+    (
+        "search_batch", ("handbook", [{"query": "a", "k": 1, "mode": None}, {"vector": (1, 2), "include": "text"}]), {},
+        {"results": [{"answer": FOUND, "error": None},
+                     {"answer": None, "error": {"status": 422, "code": "wrong_dimension", "detail": "It has 3."}}],
+         "took_ms": 3.0},
+        f"POST {SEARCH}/batch",
+        {"searches": [{"query": "a", "k": 1}, {"vector": [1.0, 2.0], "include": ["text"]}]},
+    ),
+    (
+        "search_libraries", (["a", uuid.UUID(int=2)], "rows"), {},
+        {"hits": [{**HIT, "embedding": None, "library": "a"}], "took_ms": 1.0},
+        "POST /v1/search", {"libraries": ["a", str(uuid.UUID(int=2))], "query": "rows"},
+    ),
+    (
+        "search_libraries", ("a",),
+        {"query": "rows", "vector": [1], "mode": "hybrid", "k": 3, "offset": 1, "filter": {}, "max_distance": 1.0,
+         "min_score": 0.1, "fusion": {"k": 9}, "rerank": {"provider": "cohere"}, "exact": True, "ef_search": 9,
+         "include": ["highlight"]},
+        {"hits": [], "took_ms": 1.0}, "POST /v1/search",
+        {"libraries": ["a"], "query": "rows", "vector": [1.0], "mode": "hybrid", "k": 3, "offset": 1, "filter": {},
+         "max_distance": 1.0, "min_score": 0.1, "fusion": {"k": 9}, "rerank": {"provider": "cohere"}, "exact": True,
+         "ef_search": 9, "include": ["highlight"]},
     ),
 ]  # fmt: skip
 
@@ -144,6 +213,50 @@ async def test_a_list_goes_on_until_there_is_no_next_page(connect, method, args,
         {"limit": "2", "after": "a b/="},
         {"limit": "2", "after": "2"},
     ]
+
+
+async def test_documents_that_match_come_page_by_page(connect):
+    pages = [{"items": [DOCUMENT, DOCUMENT], "next": "a"}, {"items": [DOCUMENT], "next": None}]
+    script = Script(*map(ok, pages))
+    sort = ({"field": field, "order": "desc"} for field in ("year", "$key"))
+    found = await connect(script).query_documents("handbook", filter={"lang": "en"}, sort=sort, page_size=2)
+    assert [document.id for document in found] == [DOCUMENT["id"]] * 3
+    assert script.asked == [f"POST {DOCUMENTS}/query"] * 2
+    first, second = (json.loads(request.content) for request in script.requests)
+    assert first == {
+        "filter": {"lang": "en"}, "limit": 2,
+        "sort": [{"field": "year", "order": "desc"}, {"field": "$key", "order": "desc"}],
+    }  # fmt: skip
+    assert second == {**first, "after": "a"}
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "options", "asked", "body"),
+    [
+        ("count_documents", ("handbook",), {}, "query", {"limit": 1, "total": True}),
+        (
+            "count_documents", ("handbook",), {"filter": {"lang": "en"}}, "query",
+            {"limit": 1, "total": True, "filter": {"lang": "en"}},
+        ),
+        (
+            "update_documents", ("handbook", {"year": 1}, {"a": None}), {}, "update",
+            {"filter": {"year": 1}, "patch": {"a": None}},
+        ),
+        (
+            "update_documents", ("handbook", {}, {}), {"max_affected": 0, "dry_run": True}, "update",
+            {"filter": {}, "patch": {}, "max_affected": 0, "dry_run": True},
+        ),
+        ("delete_documents", ("handbook", {"year": 1}), {}, "delete", {"filter": {"year": 1}}),
+        (
+            "delete_documents", ("handbook", {"year": 1}), {"max_affected": 7, "dry_run": True}, "delete",
+            {"filter": {"year": 1}, "max_affected": 7, "dry_run": True},
+        ),
+    ],
+)  # fmt: skip
+async def test_what_is_done_by_filter_is_counted(connect, method, args, options, asked, body):
+    script = Script(ok({"items": [DOCUMENT], "next": "a", "total": 3, "affected": 3}))
+    assert await getattr(connect(script), method)(*args, **options) == 3
+    assert (script.asked, script.body) == ([f"POST {DOCUMENTS}/{asked}"], body)
 
 
 async def test_chunks_keep_what_they_include_on_every_page(connect):
@@ -251,6 +364,22 @@ async def test_a_hit_without_what_was_not_included_says_none(connect):
     assert (hit.text, hit.metadata, hit.document, hit.embedding) == (None, None, None, None)
 
 
+async def test_waiting_for_an_index_asks_until_it_is_not_building(connect, waits):
+    pages = [{**INDEX, "state": "building"}] * 3 + [{**INDEX, "state": "failed", "error": "No space left."}]
+    script = Script(*map(ok, pages))
+    index = await connect(script).wait_for_index("handbook")
+    assert (index.state, index.error, index.estimate.seconds) == ("failed", "No space left.", 6.2)
+    assert script.asked == ["GET /v1/libraries/handbook/index"] * 4
+    assert waits == sorted(waits) and 0 < waits[0] < waits[2] <= 2
+
+
+async def test_waiting_for_an_index_ends_at_its_timeout(connect, waits):
+    script = Script(ok({**INDEX, "state": "building"}))
+    with pytest.raises(TimeoutError, match=r"the index of handbook is still being built after 0 seconds"):
+        await connect(script).wait_for_index("handbook", timeout=0)
+    assert (len(script.requests), waits) == (1, [])
+
+
 async def test_fields_of_a_newer_server_are_ignored(connect):
     newer = {**DOCUMENT, "colour": "red", "chunks": {"total": 1, "warm": True}, "status": "archived"}
     document = await connect(Script(ok(newer))).get_document("handbook", "vacuum")
@@ -298,6 +427,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in CALLS),
         *(name for name, *_ in DELETIONS),
         *(name for name, *_ in LISTS),
+        *("query_documents", "count_documents", "update_documents", "delete_documents"),
     } == {*signatures(Client)}
 
 

@@ -21,15 +21,23 @@ from pgshelf_client import (
     Retries,
     Unavailable,
 )
-from tests.sdk.script import CHUNK, DOCUMENT, LIBRARY, Answer, Script, ok, problem
+from tests.sdk.script import CHUNK, DOCUMENT, INDEX, LIBRARY, Answer, Script, ok, problem
 
-Case = tuple[str, tuple[str, ...], dict[str, Any], httpx2.Response]
+Case = tuple[str, tuple[Any, ...], dict[str, Any], httpx2.Response]
 
 # What leaves the server the same when carried out twice.
 REPEATABLE: list[Case] = [
     ("get_library", ("x",), {}, ok(LIBRARY)),
     ("documents", ("x",), {}, ok({"items": [], "next": None})),
     ("search", ("x", "rows"), {}, ok({"hits": [], "took_ms": 1})),
+    ("search_batch", ("x", [{"query": "rows"}]), {}, ok({"results": [], "took_ms": 1})),
+    ("search_libraries", (["x"], "rows"), {}, ok({"hits": [], "took_ms": 1})),
+    ("query_documents", ("x",), {}, ok({"items": [], "next": None})),
+    ("count_documents", ("x",), {}, ok({"items": [], "total": 0})),
+    ("update_documents", ("x", {"a": 1}, {"a": 2}), {"dry_run": True}, ok({"affected": 1})),
+    ("delete_documents", ("x", {"a": 1}), {"dry_run": True}, ok({"affected": 1})),
+    ("facets", ("x", ["year"]), {}, ok({"facets": {}, "documents": 0})),
+    ("set_index", ("x", "hnsw"), {}, ok(INDEX)),
     ("add_document", ("x",), {"key": "k", "text": "t"}, ok(DOCUMENT)),
     ("put_document", ("x", "k"), {"text": "t"}, ok(DOCUMENT)),
     ("update_document", ("x", "k"), {"title": "t"}, ok(DOCUMENT)),
@@ -44,6 +52,8 @@ ONCE_ONLY: list[Case] = [
     ("create_library", ("x",), {}, ok(LIBRARY)),
     ("add_document", ("x",), {"text": "t"}, ok(DOCUMENT)),
     ("update_library", ("x",), {"name": "y"}, ok(LIBRARY)),
+    ("update_documents", ("x", {"a": 1}, {"a": 2}), {}, ok({"affected": 1})),
+    ("delete_documents", ("x", {"a": 1}), {}, ok({"affected": 1})),
     ("put_document", ("x", "k"), {"text": "t", "if_match": 1}, ok(DOCUMENT)),
     ("update_document", ("x", "k"), {"title": "t", "if_match": 1}, ok(DOCUMENT)),
     ("delete_document", ("x", "k"), {"if_match": 1}, ok(status=204)),

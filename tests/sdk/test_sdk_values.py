@@ -6,6 +6,7 @@ import array
 import math
 import types
 import uuid
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -50,7 +51,21 @@ async def test_numbers_that_json_cannot_say_are_refused(connect, value):
         await connect(script).add_document("handbook", chunks=[{"text": "t", "embedding": np.array([value])}])
     with pytest.raises(ValueError, match="not JSON compliant"):
         await connect(script).update_document("handbook", "vacuum", metadata={"deep": [{"n": value}]})
+    for options in ({"filter": {"n": {"$gt": value}}}, {"max_distance": value}, {"mmr": {"lambda": value}}):
+        with pytest.raises(ValueError, match=r"finite|not JSON compliant"):
+            await connect(script).search("handbook", "rows", **options)
+        with pytest.raises(ValueError, match=r"finite|not JSON compliant"):
+            await connect(script).search_batch("handbook", [{"query": "rows", **options}])
     assert script.requests == []
+
+
+async def test_a_filter_takes_moments_and_ids(connect):
+    script, moment = Script(ok(FOUND)), datetime(2024, 5, 31, 12, tzinfo=UTC)
+    condition = {"published": {"$gte": moment}, "$id": {"$in": [uuid.UUID(int=1)]}}
+    await connect(script).search("handbook", "rows", filter=condition)
+    assert script.body["filter"] == {
+        "published": {"$gte": "2024-05-31T12:00:00Z"}, "$id": {"$in": [str(uuid.UUID(int=1))]}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("vector", ["[1, 2]", b"\x00\x01", 1.5, np.ones((2, 2))])

@@ -59,8 +59,9 @@ class History:
 class Service:
     """`pgshelf serve` on a bundled PostgreSQL of its own, with fsync on; started again as an init system would."""
 
-    def __init__(self, directory: Path, version: int = 18) -> None:
+    def __init__(self, directory: Path, version: int = 18, **settings: str) -> None:
         self.data_dir, self.version, self._log = directory / "data", version, directory / "serve.log"
+        self._settings = {f"PGSHELF_{name.upper()}": value for name, value in settings.items()}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -75,7 +76,7 @@ class Service:
     def _start(self) -> subprocess.Popen[bytes]:
         known = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
         known |= {"PGSHELF_DATA_DIR": str(self.data_dir), "PGSHELF_WORKERS": "2", "PGSHELF_WORKER_LEASE": str(LEASE)}
-        known["PGSHELF_POSTGRES_VERSION"] = str(self.version)
+        known |= {"PGSHELF_POSTGRES_VERSION": str(self.version), **self._settings}
         command = [str(Path(sys.executable).with_name("pgshelf")), "serve", "--port", str(self.port)]
         with self._log.open("ab") as stream:
             return subprocess.Popen(
@@ -151,10 +152,10 @@ def _kill(pid: int | None) -> None:
 
 
 @contextlib.contextmanager
-def service(version: int = 18) -> Iterator[Service]:
+def service(version: int = 18, **settings: str) -> Iterator[Service]:
     """A service in a directory of its own; nothing of it is left afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="pgshelf-soak-"))
-    made = Service(directory, version)
+    made = Service(directory, version, **settings)
     try:
         yield made
     finally:

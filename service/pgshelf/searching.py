@@ -1,0 +1,413 @@
+"""One search, carried out: check, make a vector of the question, call pgshelf.search*, shape the hits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from pgvector import Vector
+from psycopg.types.json import Jsonb
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from pgshelf import database, filters, limits
+from pgshelf.embedding import embed, library_config
+from pgshelf.errors import invalid
+from pgshelf.rerank import RerankChoice, reach, rerank
+from pgshelf.settings import Settings
+from pgshelf.timing import stage
+
+Part = Literal["text", "metadata", "document", "embedding", "highlight"]
+Mode = Literal["vector", "text", "hybrid"]
+Filter = Annotated[
+    dict[str, Any] | None,
+    Meta(
+        description="Conditions on documents and chunks: operators as in MongoDB, such as "
+        '{"year": {"$gte": 2020}, "chunk.page": 3}; docs/search.md has the grammar.',
+        examples=[{"year": {"$gte": 2020}}],
+    ),
+]
+
+
+class Like(msgspec.Struct, forbid_unknown_fields=True):
+    """What the hits shall be like: a chunk, or a document (the mean of its chunks); it is not among the hits itself."""
+
+    chunk: Annotated[UUID | None, Meta(description="The id of a chunk of the library.")] = None
+    document: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=512)] | None, Meta(description="The key or id of a document.")
+    ] = None
+
+
+class Fusion(msgspec.Struct, forbid_unknown_fields=True):
+    """How the two sides of a hybrid search become one ranking."""
+
+    method: Annotated[
+        Literal["rrf", "weighted"],
+        Meta(description="`rrf`: reciprocal ranks. `weighted`: scores of both sides brought to 0..1 and added."),
+    ] = "rrf"
+    k: Annotated[Annotated[int, Meta(ge=1, le=10_000)], Meta(description="The constant of rrf: 1 / (k + rank).")] = 60
+    weights: Annotated[
+        Annotated[list[Annotated[float, Meta(ge=0, le=1e6)]], Meta(min_length=2, max_length=2)],
+        Meta(description="Of the vector side and of the words; not both zero.", extra_json_schema={"default": [1, 1]}),
+    ] = msgspec.field(default_factory=lambda: [1.0, 1.0])
+
+
+class Mmr(msgspec.Struct, forbid_unknown_fields=True, rename={"weight": "lambda"}):
+    """Maximal marginal relevance: hits that are good and unlike each other."""
+
+    weight: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], Meta(description="From 0, as diverse as can be, to 1, relevance alone.")
+    ] = 0.5
+    candidates: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
+        Meta(description="How many of the best hits are chosen from; five times as many as are wanted if absent."),
+    ] = None
+
+
+class Ranking(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every search may say, whether of one library or of several."""
+
+    query: Annotated[
+        Annotated[str, Meta(min_length=1, examples=["how do I reclaim space"])] | None,
+        Meta(
+            description="A question or words, at most PGSHELF_MAX_QUERY_LENGTH (10000) characters. As words: "
+            '"a phrase" must be there, -word must not, prefix* stands for all words that begin so.'
+        ),
+    ] = None
+    vector: Annotated[
+        Annotated[list[float], Meta(min_length=1, max_length=16000)] | bytes | None,
+        Meta(description="Numbers, or their little-endian float32 bytes (base64 in JSON), of the library's dimension."),
+    ] = None
+    mode: Annotated[
+        Mode | None,
+        Meta(
+            description="`vector`: by meaning. `text`: by words, BM25. `hybrid`: both, fused. If absent: hybrid for a "
+            "query, vector for a vector, text where a query meets a library without embedder."
+        ),
+    ] = None
+    k: Annotated[
+        Annotated[int, Meta(ge=1)], Meta(description="How many hits at most; PGSHELF_MAX_K (1000) is the limit.")
+    ] = 10
+    offset: Annotated[
+        Annotated[int, Meta(ge=0)], Meta(description="How many hits to skip; PGSHELF_MAX_OFFSET (10000) is the limit.")
+    ] = 0
+    filter: Filter = None
+    max_distance: Annotated[float | None, Meta(description="Leave out what is farther away than this.")] = None
+    min_score: Annotated[float | None, Meta(description="Leave out hits with a lower score.")] = None
+    fusion: Annotated[Fusion | None, Meta(description="How a hybrid search fuses; rrf if absent.")] = None
+    rerank: Annotated[
+        RerankChoice | None, Meta(description="Lets a model read the best hits together with the query and order them.")
+    ] = None
+    exact: Annotated[
+        bool, Meta(description="Look at every chunk that matches the filter, whatever index there is.")
+    ] = False
+    ef_search: Annotated[
+        Annotated[int, Meta(ge=1, le=1000)] | None,
+        Meta(description="How widely an hnsw or lsh index is searched (ivfflat: how many lists); chosen if absent."),
+    ] = None
+    include: Annotated[
+        list[Part],
+        Meta(description="What each hit carries.", extra_json_schema={"default": ["text", "metadata", "document"]}),
+    ] = msgspec.field(default_factory=lambda: ["text", "metadata", "document"])
+
+
+class SearchRequest(Ranking, forbid_unknown_fields=True, kw_only=True):
+    """What to look for: at least one of `query`, `vector` and `like`; `vector` and `like` exclude each other."""
+
+    like: Annotated[Like | None, Meta(description="Look for what is like a chunk or a document.")] = None
+    mmr: Annotated[Mmr | None, Meta(description="Choose hits that are unlike each other.")] = None
+    group_by: Annotated[
+        Literal["document"] | None,
+        Meta(description="`document`: of each document only the best hits; k and offset count documents."),
+    ] = None
+    group_size: Annotated[
+        Annotated[int, Meta(ge=1, le=100)], Meta(description="How many hits of each document, with group_by.")
+    ] = 1
+    facets: Annotated[
+        Annotated[list[str], Meta(max_length=20)],
+        Meta(description="Metadata fields whose values shall be counted over all documents that match the filter."),
+    ] = []
+    total: Annotated[
+        bool, Meta(description="Count all chunks that match the filter and, in mode text, hold the words.")
+    ] = False
+    explain: Annotated[
+        bool, Meta(description="Say how: strategy, statement, plan, and recall measured for this very search.")
+    ] = False
+
+
+class HitDocument(msgspec.Struct):
+    """The document that a hit belongs to."""
+
+    title: Annotated[str | None, Meta(description="Its title.")]
+    source: Annotated[str | None, Meta(description="Where it comes from.")]
+    metadata: Annotated[dict[str, Any], Meta(description="The document's metadata.")]
+
+
+class Hit(msgspec.Struct):
+    """A chunk that was found."""
+
+    chunk_id: Annotated[UUID, Meta(description="The chunk.")]
+    document_id: Annotated[UUID, Meta(description="Its document.")]
+    key: Annotated[str | None, Meta(description="The document's key.")]
+    ordinal: Annotated[int, Meta(description="The chunk's place in its document.")]
+    score: Annotated[
+        float,
+        Meta(description="Better when higher: of the distance, of BM25, of the fusion, or the reranker's relevance."),
+    ]
+    distance: Annotated[
+        float | None, Meta(description="Better when lower; the metric's own. Null for what only the words found.")
+    ]
+    text: Annotated[str | UnsetType, Meta(description="The passage; with `text` in `include`.")] = UNSET
+    metadata: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="The chunk's metadata; with `metadata` in `include`.")
+    ] = UNSET
+    document: Annotated[
+        HitDocument | UnsetType, Meta(description="About its document; with `document` in `include`.")
+    ] = UNSET
+    embedding: Annotated[
+        list[float] | UnsetType | None, Meta(description="Its vector; with `embedding` in `include`.")
+    ] = UNSET
+    highlight: Annotated[
+        str | UnsetType | None,
+        Meta(description="The passage around the words, these in <mark>; with `highlight` in `include`."),
+    ] = UNSET
+    library: Annotated[str | UnsetType, Meta(description="The library it is in; in a search of several.")] = UNSET
+
+
+class FacetValue(msgspec.Struct):
+    """A value and how often it occurs."""
+
+    value: Annotated[Any, Meta(description="The value, as it stands in the metadata.")]
+    documents: Annotated[int, Meta(description="How many documents have it.")]
+
+
+class Explanation(msgspec.Struct):
+    """How a search was carried out."""
+
+    strategy: Annotated[
+        str,
+        Meta(
+            description="`index`, `exact` (few chunks match the filter, or there is no index), `index then exact` "
+            "(the index did not come up with enough), or `words`."
+        ),
+    ]
+    statement: Annotated[str, Meta(description="The SQL that was run.")]
+    plan: Annotated[dict[str, Any], Meta(description="What EXPLAIN (ANALYZE, FORMAT JSON) says of it.")]
+    rows_removed: Annotated[int, Meta(description="Rows that were looked at and did not match the filter.")]
+    recall: Annotated[
+        float | None,
+        Meta(description="The share of the true nearest k that this search finds; null unless mode is vector."),
+    ]
+
+
+class SearchAnswer(msgspec.Struct):
+    """What was found."""
+
+    hits: Annotated[list[Hit], Meta(description="Best first; ties are in the order of the chunk ids.")]
+    took_ms: Annotated[float, Meta(description="Milliseconds in the server, the embedding of the query included.")]
+    total: Annotated[int | UnsetType, Meta(description="How many chunks match; with `total`.")] = UNSET
+    facets: Annotated[
+        dict[str, list[FacetValue]] | UnsetType,
+        Meta(description="For each field of `facets` its values, most frequent first, as of the same moment."),
+    ] = UNSET
+    explain: Annotated[Explanation | UnsetType, Meta(description="How it was done; with `explain`.")] = UNSET
+
+
+class Question(msgspec.Struct):
+    """A checked request: everything but the library that the statement needs."""
+
+    mode: Mode
+    vector: Vector | None
+    query: str | None
+    filter: Jsonb | None
+
+
+# The functions of sql/ that search, by mode.
+CALLS: dict[str, str] = {
+    "vector": """pgshelf.search(%s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s,
+      include => %s, filter => %s, exact => %s, ef_search => %s,
+      group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
+    "text": """pgshelf.search_text(%s, %s, k => %s, "offset" => %s, min_score => %s, include => %s, filter => %s,
+      group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
+    "hybrid": """pgshelf.search_hybrid(%s, %s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s,
+      include => %s, filter => %s, exact => %s, ef_search => %s, fusion => %s, fusion_k => %s, weights => %s,
+      group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
+}
+# facets and total stand in one statement with the search, hence in one snapshot
+BESIDE = """with h as materialized (select x.*, row_number() over () as place from {call} x),
+  e as materialized (select case when %s then pgshelf.total_hits(%s, %s, %s) end as total,
+    (select jsonb_object_agg(a.name, coalesce((select jsonb_agg(jsonb_build_object('value', f.value,
+        'documents', f.documents)) from pgshelf.facets(%s, array[a.name], %s, 10) f), '[]'))
+      from unnest(%s::text[]) a(name)) as facets)
+  select h.*, e.total, e.facets from e left join h on true order by h.place"""
+EXPLAIN = """select pgshelf.explain_search(%s, %b, %s, k => %s, "offset" => %s, filter => %s, exact => %s,
+  ef_search => %s)"""
+
+
+def check(data: Ranking, settings: Settings) -> None:
+    """Refuse what no library could answer."""
+    if data.query is not None:
+        limits.required_text(data.query, settings.max_query_length, "query")
+    if data.mode in ("text", "hybrid") and data.query is None:
+        raise invalid("query", f"is required in mode {data.mode}")
+    if data.rerank is not None and data.query is None:
+        raise invalid("query", "is required for rerank")
+    for name in ("max_distance", "min_score"):  # MessagePack can say NaN and infinity
+        if (bound := getattr(data, name)) is not None and not math.isfinite(bound):
+            raise invalid(name, "must be a finite number")
+    if data.fusion is not None and not any(data.fusion.weights):
+        raise invalid("fusion.weights", "must not both be zero")
+    if data.k > settings.max_k:
+        raise invalid("k", f"is {data.k}, at most {settings.max_k} is allowed")
+    if data.offset > settings.max_offset:
+        raise invalid(
+            "offset", f"is {data.offset}, at most {settings.max_offset} is allowed; narrow the search instead"
+        )
+
+
+def check_one(data: SearchRequest, settings: Settings) -> None:
+    """Refuse what makes no search of one library."""
+    check(data, settings)
+    if data.query is None and data.vector is None and data.like is None:
+        raise invalid("query", "give at least one of query, vector and like")
+    if data.vector is not None and data.like is not None:
+        raise invalid("like", "cannot be combined with vector")
+    if data.like is not None and (data.like.chunk is None) == (data.like.document is None):
+        raise invalid("like", "give either chunk or document")
+    if data.mmr is not None and data.group_by is not None:
+        raise invalid("mmr", "cannot be combined with group_by: groups are diverse already")
+
+
+async def search(engine: AsyncEngine, settings: Settings, library: str, data: SearchRequest) -> SearchAnswer:
+    """Search one library."""
+    started = time.perf_counter()
+    check_one(data, settings)
+    wide = widened(data, settings)
+    question = await ask(engine, settings, library, wide)
+    answer = await database.retried(engine, lambda connection: _answer(connection, library, wide, question))
+    if data.rerank is not None:
+        answer.hits = await reranked(settings, data, answer.hits)
+    answer.took_ms = milliseconds(started)
+    return answer
+
+
+def milliseconds(started: float) -> float:
+    """Since a moment of `time.perf_counter`."""
+    return round((time.perf_counter() - started) * 1000, 3)
+
+
+def widened(data: Ranking, settings: Settings) -> Any:
+    """The request that fetches what a reranker shall read: more hits, with their texts."""
+    if data.rerank is None:
+        return data
+    wanted = reach(settings, data.rerank, data.k + data.offset)
+    return msgspec.structs.replace(data, k=wanted, offset=0, include=[*data.include, "text"], min_score=None)
+
+
+async def reranked(settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
+    """The hits in the reranker's order; their score is its relevance, which min_score then means."""
+    choice, query = data.rerank, data.query or ""
+    assert choice is not None  # noqa: S101 - narrows the type: the caller looked
+    order = await rerank(settings, choice, query, [str(hit.text) for hit in hits], data.k + data.offset)
+    found = [msgspec.structs.replace(hits[place], score=relevance) for place, relevance in order]
+    if data.min_score is not None:
+        found = [hit for hit in found if hit.score >= data.min_score]
+    if "text" not in data.include:
+        found = [msgspec.structs.replace(hit, text=UNSET) for hit in found]
+    return found[data.offset : data.offset + data.k]
+
+
+async def ask(engine: AsyncEngine, settings: Settings, library: str, data: SearchRequest) -> Question:
+    """Decide the mode, and find or make the vector."""
+    condition = data.filter
+    vector = limits.vector(data.vector, "vector") if data.vector is not None else None
+    if data.like is not None:
+        vector, condition = await _like(engine, library, data.like, condition)
+    parameter = filters.parameter(condition)
+    mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
+    if mode == "text":
+        return Question(mode, None, data.query, parameter)
+    if vector is None:
+        config = await library_config(engine, library)
+        if data.mode is None and config.embedder["provider"] == "none":
+            return Question("text", None, data.query, parameter)
+        vector = (await embed(config.embedder, [data.query or ""], "query", ["query"]))[0]
+    return Question(mode, vector, data.query, parameter)
+
+
+async def _like(
+    engine: AsyncEngine, library: str, like: Like, condition: dict[str, Any] | None
+) -> tuple[Vector, dict[str, Any]]:
+    """The vector of a chunk or a document, and the filter that keeps it from being its own best hit."""
+    rows = await database.run(engine, "select * from pgshelf.vector_of(%s, %s, %s)", library, like.chunk, like.document)
+    vector, document, ordinal = rows[0]
+    itself: dict[str, Any] = {"$id": str(document)}
+    if ordinal is not None:
+        itself["chunk.$ordinal"] = ordinal
+    others = {"$not": itself}
+    return vector, {"$and": [condition, others]} if condition else others
+
+
+def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any]]:
+    """The call of the function that searches, and its parameters."""
+    grouping: list[Any] = [None, 1, None, None]
+    if isinstance(data, SearchRequest):
+        mmr = data.mmr
+        grouping = [data.group_by, data.group_size, mmr.weight if mmr else None, mmr.candidates if mmr else None]
+    window, include, fusion = [data.k, data.offset], list(data.include), data.fusion or Fusion()
+    if question.mode == "text":
+        rest = [data.min_score, include, question.filter]
+        return CALLS["text"], [library, question.query, *window, *rest, *grouping]
+    bounds = [data.max_distance, data.min_score, include, question.filter, data.exact, data.ef_search]
+    if question.mode == "vector":
+        return CALLS["vector"], [library, question.vector, *window, *bounds, *grouping]
+    fused = [fusion.method, fusion.k, [float(weight) for weight in fusion.weights]]
+    return CALLS["hybrid"], [library, question.query, question.vector, *window, *bounds, *fused, *grouping]
+
+
+async def _answer(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> SearchAnswer:
+    statement, parameters = call(library, data, question)
+    answer = SearchAnswer([], 0.0)
+    if data.total or data.facets:
+        words = question.query if question.mode == "text" else None
+        beside = [data.total, library, question.filter, words, library, question.filter, data.facets]
+        rows = await database.rows(connection, BESIDE.replace("{call}", statement), *parameters, *beside)
+        total, facets = rows[0][-2:]
+        answer.total = total if data.total else UNSET
+        if data.facets:
+            answer.facets = msgspec.convert(facets, dict[str, list[FacetValue]])
+        rows = [row for row in rows if row[0] is not None]
+    else:
+        rows = await database.rows(connection, f"select * from {statement}", *parameters)  # noqa: S608 - constants
+    with stage("encode"):
+        answer.hits = [hit(row, data.include) for row in rows]
+    if data.explain:
+        answer.explain = await _explain(connection, library, data, question)
+    return answer
+
+
+async def _explain(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> Explanation:
+    words = None if question.mode == "vector" else question.query
+    window = [data.k, data.offset, question.filter, data.exact, data.ef_search]
+    rows = await database.rows(connection, EXPLAIN, library, question.vector, words, *window)
+    return msgspec.convert(rows[0][0], Explanation)
+
+
+def hit(row: Sequence[Any], include: Sequence[Part]) -> Hit:
+    """A row of pgshelf.search* as a hit, with the parts asked for."""
+    found = Hit(*row[:6])
+    if "text" in include:
+        found.text = row[6]
+    if "metadata" in include:
+        found.metadata = row[7]
+    if "document" in include:
+        found.document = HitDocument(*row[8:11])
+    if "embedding" in include:
+        found.embedding = None if row[11] is None else row[11].to_list()
+    if "highlight" in include:
+        found.highlight = row[12]
+    return found

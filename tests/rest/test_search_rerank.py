@@ -1,0 +1,76 @@
+"""Reranking over REST: a provider that stands in for Cohere's, its order, and its failures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.cohere_server import CohereServer, hang, relevance, status
+from tests.rest.asking import at, document, library, ok, problem
+
+SEARCH = at("libraries", "shelf", "search")
+TEXTS = ["cats sleep", "dogs bark at cats", "cats and dogs", "birds sing", "dogs"]
+
+
+@pytest.fixture
+async def client(database_url: str, make_settings: Any, make_client: Any, cohere_server: CohereServer) -> Any:
+    settings = make_settings(
+        database_url, cohere_api_key=cohere_server.key, cohere_base_url=cohere_server.url, cohere_timeout=1.0
+    )
+    client = await make_client(settings)
+    await library(client, dimension=2)
+    chunks = [{"text": text, "embedding": [1.0, 0.1 * place]} for place, text in enumerate(TEXTS)]
+    await document(client, "k", chunks=chunks)
+    return client
+
+
+async def found(client: httpx2.AsyncClient, **request: Any) -> list[dict[str, Any]]:
+    request = {"vector": [1, 0], "query": "dogs", "mode": "vector", "rerank": {"provider": "cohere"}, **request}
+    hits: list[dict[str, Any]] = ok(await client.post(SEARCH, json=request))["hits"]
+    return hits
+
+
+async def test_hits_come_in_the_order_of_the_reranker(client: httpx2.AsyncClient) -> None:
+    expected = sorted(TEXTS, key=lambda text: (-relevance("dogs", text), TEXTS.index(text)))
+    hits = await found(client)
+    assert [hit["text"] for hit in hits] == expected
+    assert [hit["score"] for hit in hits] == pytest.approx([relevance("dogs", text) for text in expected])
+    assert hits[0]["distance"] > 0
+
+
+async def test_candidates_are_what_is_read(client: httpx2.AsyncClient, cohere_server: CohereServer) -> None:
+    hits = await found(client, k=2, rerank={"provider": "cohere", "candidates": 3})
+    assert {hit["text"] for hit in hits} == {"dogs bark at cats", "cats and dogs"}
+    assert cohere_server.asked[-1].body["documents"] == TEXTS[:3]
+    assert [hit["text"] for hit in await found(client, k=1, offset=1)] == [(await found(client))[1]["text"]]
+
+
+async def test_parts_and_bounds_are_those_of_the_request(client: httpx2.AsyncClient) -> None:
+    hits = await found(client, include=["metadata"], k=1)
+    assert "text" not in hits[0] and hits[0]["metadata"] == {}
+    least = relevance("dogs", "dogs")
+    assert [hit["text"] for hit in await found(client, min_score=least)] == ["dogs"]
+    several = {"libraries": ["shelf"], "vector": [1, 0], "query": "dogs", "mode": "vector", "k": 1}
+    answer = ok(await client.post("/v1/search", json={**several, "rerank": {"provider": "cohere"}}))
+    assert [(hit["library"], hit["text"]) for hit in answer["hits"]] == [("shelf", "dogs")]
+
+
+async def test_failures_of_the_provider_are_told(client: httpx2.AsyncClient, cohere_server: CohereServer) -> None:
+    request = {"vector": [1, 0], "query": "dogs", "mode": "vector", "rerank": {"provider": "cohere"}}
+    cohere_server.fail(status(429, "slow down", retry_after="30"))
+    response = await client.post(SEARCH, json=request)
+    problem(response, 503, "reranker_unavailable")
+    assert response.headers["retry-after"] == "30"
+    cohere_server.fail(hang, hang, hang)
+    problem(await client.post(SEARCH, json=request), 504, "reranker_timeout")
+    too_many = {**request, "rerank": {"provider": "cohere", "candidates": 500}}
+    problem(await client.post(SEARCH, json=too_many), 400, "validation_failed")
+
+
+async def test_without_a_key_there_is_no_reranking(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url))
+    await library(client, dimension=2)
+    request = {"vector": [1, 0], "query": "dogs", "rerank": {"provider": "cohere"}}
+    problem(await client.post(SEARCH, json=request), 422, "reranker_not_configured")

@@ -1,0 +1,244 @@
+"""How searches run, read from EXPLAIN: which index, and which branch is never executed; for every kind of index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from pgshelf import shelves
+from pgshelf.settings import Settings
+
+Connection = psycopg.Connection[Any]
+Plan = dict[str, Any]
+ROWS, DOCUMENTS, DIMENSION = 6_000, 2_000, 4
+INDEXES: dict[str, dict[str, Any]] = {
+    "halfvec": {"type": "hnsw"},
+    "vector": {"type": "hnsw", "storage": "vector"},
+    "bit": {"type": "hnsw", "storage": "bit"},
+    "ivfflat": {"type": "ivfflat"},
+    "lsh": {"type": "lsh", "bits": 64},
+    "kdtree": {"type": "kdtree"},
+    "flat": {"type": "flat"},
+}
+MANY = {"most": True}  # two thirds of the documents
+FEW = {"number": {"$between": [100, 139]}}  # a declared attribute, forty documents
+RARE = {"rare": "yes"}  # no attribute: ten documents, found by the GIN index
+NONE = {"rare": "no such value"}
+TYPES = "vector, jsonb, int, text, float8, float8, text[], int, int, int, float8[], int, float8"
+
+
+@pytest.fixture(scope="module")
+def connection(shared_database_url: str, vector_schema: str) -> Iterator[Connection]:
+    """Libraries of every kind, on a database where three are alone first, and a thousand later."""
+    with psycopg.connect(shared_database_url, autocommit=True) as connection:
+        connection.execute(f'set search_path = pg_catalog, "{vector_schema}"'.encode())
+        connection.execute("set plan_cache_mode = force_custom_plan")
+        for name, index in INDEXES.items():
+            fill(connection, name, ROWS, DOCUMENTS, index, "l2" if name == "kdtree" else "cosine")
+        fill(connection, "shared", 900, 300, {"type": "auto"})
+        connection.execute("analyze")
+        shelves.reconcile_all(shared_database_url, Settings(promote_at=1_000_000))
+        connection.execute("analyze")
+        yield connection
+
+
+def fill(
+    connection: Connection, name: str, rows: int, documents: int, index: dict[str, Any], metric: str = "cosine"
+) -> None:
+    """A library with clustered vectors, its metadata and a declared attribute."""
+    connection.execute(
+        """insert into pgshelf.libraries (name, dimension, metric, embedder, chunking, index, index_state, attributes,
+          attributes_ready)
+        values (%s, %s, %s, %s, '{}', %s, 'building', '{"number": "number"}', '{"number": "number"}')""",
+        [name, DIMENSION, metric, Jsonb({"provider": "none", "dimension": DIMENSION}), Jsonb(index)],
+    )
+    connection.execute(
+        """insert into pgshelf.documents (place, library_id, key, metadata)
+        select 1, l.id, n::text, jsonb_build_object('number', n, 'most', n %% 3 <> 0)
+          || case when n %% %s = 7 then '{"rare": "yes"}'::jsonb else '{}' end
+        from pgshelf.libraries l, generate_series(1, %s) n where l.name = %s""",
+        [documents // 10, documents, name],
+    )
+    connection.execute(
+        """insert into pgshelf.chunks_s0 (shelf, place, library_id, document_id, ordinal, text, metadata, embedding,
+          language)
+        select 0, 1, d.library_id, d.id, n, 'word' || n || ' of ' || d.key,
+          jsonb_build_object('page', n), v::vector, 'english'
+        from pgshelf.libraries l join pgshelf.documents d on d.library_id = l.id, generate_series(1, %s) n,
+          lateral (select array[random() - 0.5, random() - 0.5, random() - 0.5,
+            random() - 0.5 + 0 * (n + length(d.key))]::real[] as v offset 0) x
+        where l.name = %s""",
+        [rows // documents, name],
+    )
+
+
+def plan(
+    connection: Connection, library: str, condition: dict[str, Any] | None = None, mode: str = "vector", k: int = 10
+) -> Plan:
+    """The plan of a search as it ran: the statement of pgshelf.search_statement, prepared, with its parameters."""
+    row = connection.execute(
+        "select pgshelf.search_statement(l, %s, %s) from pgshelf.libraries l where l.name = %s",
+        [mode, None if condition is None else Jsonb(condition), library],
+    ).fetchone()
+    assert row is not None
+    connection.execute("deallocate all")
+    connection.execute(f"prepare searching ({TYPES}) as {row[0]}".encode())
+    values = "null" if condition is None else f"'{json.dumps(condition)}'"
+    reach = 200 if mode == "hybrid" else k
+    rest = f"'word2', null, null, '{{}}', {k}, 0, 60, '{{1,1}}', 1, 0"
+    call = f"execute searching ('[0.1,0.2,-0.3,0.4]', {values}, {reach}, {rest})"
+    with connection.transaction(force_rollback=True):  # settings of the scan last as long as the transaction
+        found = connection.execute(f"explain (analyze, format json, verbose) {call}".encode()).fetchone()
+    assert found is not None
+    result: Plan = found[0][0]["Plan"]
+    return result
+
+
+def nodes(root: Plan, **wanted: Any) -> list[Plan]:
+    """The nodes of a plan below `root` that have these values."""
+    below = [node for child in root.get("Plans", []) for node in nodes(child)]
+    return [node for node in [root, *below] if all(node.get(key.replace("_", " ")) == wanted[key] for key in wanted)]
+
+
+def branch(root: Plan, name: str) -> Plan:
+    """The CTE of a name."""
+    (found,) = [node for node in nodes(root) if node.get("Subplan Name") == f"CTE {name}"]
+    return found
+
+
+def ran(root: Plan, relation: str) -> list[Plan]:
+    """The scans of a table below a node that were executed."""
+    return [
+        node
+        for node in nodes(root)
+        if str(node.get("Relation Name", "")).startswith(relation) and node["Actual Loops"] > 0
+    ] + [
+        node for node in nodes(root, Node_Type="Bitmap Index Scan") if node["Actual Loops"] > 0 and relation == "bitmap"
+    ]
+
+
+def vector_index(connection: Connection, library: str) -> str:
+    row = connection.execute(
+        "select format('chunks_s%%s_v%%s', shelf, index_actual ->> 'serial') from pgshelf.libraries where name = %s",
+        [library],
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+INDEXED = [name for name in INDEXES if name != "flat"]
+
+
+@pytest.mark.parametrize("library", INDEXED)
+def test_without_a_filter_the_index_answers_alone(connection: Connection, library: str) -> None:
+    found = plan(connection, library)
+    scans = ran(branch(found, "nearest"), "chunks_s")
+    assert scans and {node.get("Index Name") for node in scans} == {vector_index(connection, library)}
+    assert ran(branch(found, "exact"), "chunks_s") == []
+
+
+@pytest.mark.parametrize("library", INDEXED)
+def test_where_most_match_the_index_answers_alone(connection: Connection, library: str) -> None:
+    found = plan(connection, library, MANY)
+    scans = ran(branch(found, "nearest"), "chunks_s")
+    assert {node.get("Index Name") for node in scans} == {vector_index(connection, library)}
+    assert ran(branch(found, "exact"), "chunks_s") == []
+    looked = ran(branch(found, "nearest"), "documents")
+    assert {node["Index Name"] for node in looked} == {"documents_pkey"}
+    (sampled,) = ran(branch(found, "choice"), "documents")
+    assert sampled["Actual Rows"] <= 400
+
+
+@pytest.mark.parametrize("library", INDEXED)
+@pytest.mark.parametrize(
+    ("condition", "index"),
+    [(FEW, "attribute_values_num_idx"), (RARE, "documents_metadata_idx"), (NONE, "documents_metadata_idx")],
+)
+def test_where_few_match_all_are_looked_at(
+    connection: Connection, library: str, condition: dict[str, Any], index: str
+) -> None:
+    found = plan(connection, library, condition)
+    assert ran(branch(found, "nearest"), "chunks_s") == []
+    exact = branch(found, "exact")
+    assert index in {node.get("Index Name") for node in nodes(exact) if node["Actual Loops"] > 0}
+    shelf = vector_index(connection, library).split("_v")[0]
+    assert [node["Index Name"] for node in ran(exact, "chunks_s")] == [f"{shelf}_pkey"]
+    assert exact["Actual Rows"] == (0 if condition is NONE else 10)
+
+
+def test_a_flat_library_has_one_branch(connection: Connection) -> None:
+    for library in ("flat", "shared"):
+        for condition in (None, MANY, FEW):
+            found = plan(connection, library, condition)
+            assert not [node for node in nodes(found) if node.get("Subplan Name") in ("CTE nearest", "CTE exact")]
+            assert branch(found, "near")["Actual Rows"] == 10
+
+
+def test_shelf_0_is_searched_alone(connection: Connection) -> None:
+    for condition in (None, FEW, RARE):
+        found = plan(connection, "shared", condition)
+        assert {node["Relation Name"] for node in ran(found, "chunks_s")} == {"chunks_s0"}
+
+
+def test_words_are_found_by_their_index(connection: Connection) -> None:
+    found = plan(connection, "halfvec", mode="text")
+    shelf = vector_index(connection, "halfvec").split("_v")[0]
+    used = {node.get("Index Name") for node in nodes(found) if node["Actual Loops"] > 0}
+    assert f"{shelf}_tsv_idx" in used
+    assert [node for node in ran(found, shelf) if node["Node Type"] == "Seq Scan"] == []
+
+
+def test_a_scan_that_comes_up_short_is_followed_by_all(connection: Connection) -> None:
+    """An index that does not come up with enough costs time, never a row."""
+    found = plan(connection, "halfvec", k=ROWS + 1000)
+    assert ran(branch(found, "nearest"), "chunks_s") and ran(branch(found, "exact"), "chunks_s")
+    assert found["Actual Rows"] == ROWS
+
+
+def test_with_a_thousand_libraries_it_is_the_same(connection: Connection) -> None:
+    connection.execute(
+        """insert into pgshelf.libraries (name, dimension, embedder, chunking)
+        select 'other ' || n, 4, '{"provider": "none", "dimension": 4}', '{}' from generate_series(1, 1000) n"""
+    )
+    connection.execute(
+        """insert into pgshelf.documents (place, library_id, key, metadata)
+        select 1, l.id, n::text, jsonb_build_object('number', n, 'most', true, 'rare', 'yes')
+        from pgshelf.libraries l, generate_series(1, 20) n where l.name like 'other %'"""
+    )
+    connection.execute(
+        """insert into pgshelf.chunks_s0 (shelf, place, library_id, document_id, ordinal, text, embedding, language)
+        select 0, 1, d.library_id, d.id, 0, 'other', '[1,2,3,4]', 'english'
+        from pgshelf.documents d join pgshelf.libraries l on l.id = d.library_id where l.name like 'other %'"""
+    )
+    connection.execute("analyze")
+    for library in INDEXED:
+        test_without_a_filter_the_index_answers_alone(connection, library)
+        test_where_most_match_the_index_answers_alone(connection, library)
+        test_where_few_match_all_are_looked_at(connection, library, RARE, "documents_metadata_idx")
+        test_where_few_match_all_are_looked_at(connection, library, FEW, "attribute_values_num_idx")
+    test_shelf_0_is_searched_alone(connection)
+    for condition in (None, FEW, RARE):  # one library of many there: its chunks are found by the primary key
+        near = branch(plan(connection, "shared", condition), "near")
+        assert "chunks_s0_pkey" in {node.get("Index Name") for node in nodes(near)}
+        assert [node for node in ran(near, "chunks_s0") if node["Node Type"] == "Seq Scan"] == []
+
+
+def test_no_generic_plan_is_ever_made(connection: Connection) -> None:
+    """Sessions of an application plan as they like: the functions plan anew each time, for the library's own shelf."""
+    connection.execute("set plan_cache_mode = force_generic_plan")
+    try:
+        for _ in range(8):
+            with connection.transaction(force_rollback=True):
+                connection.execute("select * from pgshelf.search('halfvec', '[1,2,3,4]')").fetchall()
+                locked = connection.execute(
+                    "select count(distinct relation) from pg_locks where pid = pg_backend_pid()"
+                    " and relation::regclass::text ~ 'chunks_s[0-9]+$'"
+                ).fetchone()
+            assert locked == (1,)
+    finally:
+        connection.execute("set plan_cache_mode = force_custom_plan")
