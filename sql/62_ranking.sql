@@ -68,7 +68,34 @@ as $$
     else format('hits as materialized (select r.*, 0 as lead, 0 as nth from %s r where $6::float8 is null or r.score >= $6 order by r.rank limit $8 offset $9)', p_from) end
 $$;
 
--- The statement that searches a library: mode is vector, text or hybrid, p_filter only its shape, p_ef overrides ef_search (probes for ivfflat).
+-- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both.
+create or replace function pgshelf.candidates(p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text) returns text
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_near text := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, p_filter, p_exact, p_ef) end;
+  v_condition record;
+  v_words text;
+begin
+  if p_mode <> 'vector' then
+    v_condition := pgshelf.compile_filter(p_library, p_filter);
+    v_words := pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed, v_condition.chunks_indexed);
+  end if;
+  return concat_ws(', ', v_near, v_words, case p_mode when 'hybrid' then pgshelf.fusion(p_library.metric, p_fusion) end);
+end $$;
+
+-- The CTE `ranked`: the candidates of a mode in their order, with score and distance.
+create or replace function pgshelf.ranking(p_mode text, p_metric text) returns text
+  immutable parallel safe language sql
+as $$
+  select case p_mode
+    when 'vector' then format('ranked as (select n.*, %s as score, row_number() over (order by n.distance, n.id) as rank from near n
+      where $5::float8 is null or n.distance <= $5)', pgshelf.score_expression(p_metric))
+    when 'text' then 'ranked as (select x.*, null::float8 as distance, row_number() over (order by x.score desc, x.id) as rank from worded x)'
+    else 'ranked as (select f.*, row_number() over (order by f.score desc, f.distance nulls last, f.id) as rank from fused f)' end
+$$;
+
+-- The statement that searches a library: mode is vector, text or hybrid, p_filter gives the shape, p_ef overrides ef_search (probes for ivfflat).
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false) returns text
@@ -77,31 +104,17 @@ as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_plain boolean := p_mode = 'vector' and not p_grouped and not p_diverse;
-  v_parts text[] := '{}';
-  v_condition record;
+  v_parts text[] := array[pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion)];
 begin
-  if p_mode <> 'text' then
-    v_parts := v_parts || pgshelf.vector_candidates(p_library, p_filter, p_exact, p_ef);
-  end if;
-  if p_mode <> 'vector' then
-    v_condition := pgshelf.compile_filter(p_library, p_filter);
-    v_parts := v_parts || pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed, v_condition.chunks_indexed);
-  end if;
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
     v_parts := v_parts || format('hits as materialized (select n.*, %1$s as score from near n
       where ($5::float8 is null or n.distance <= $5) and ($6::float8 is null or %1$s >= $6) order by n.distance, n.id limit $8 offset $9)',
       pgshelf.score_expression(p_library.metric));
   else
-    v_parts := v_parts || case p_mode
-      when 'vector' then format('ranked as (select n.*, %s as score, row_number() over (order by n.distance, n.id) as rank from near n
-        where $5::float8 is null or n.distance <= $5)', pgshelf.score_expression(p_library.metric))
-      when 'text' then 'ranked as (select x.*, null::float8 as distance, row_number() over (order by x.score desc, x.id) as rank from worded x)'
-      else pgshelf.fusion(p_library.metric, p_fusion) || ', ranked as (select f.*, row_number() over (order by f.score desc, f.distance nulls last, f.id) as rank from fused f)' end;
-    if p_diverse then
-      v_parts := v_parts || pgshelf.diversity(v_table, p_library.id);
-    end if;
-    v_parts := v_parts || pgshelf.selection(case when p_diverse then 'diverse' else 'ranked' end, p_grouped);
+    v_parts := v_parts || pgshelf.ranking(p_mode, p_library.metric)
+      || case when p_diverse then pgshelf.diversity(v_table, p_library.id) end
+      || pgshelf.selection(case when p_diverse then 'diverse' else 'ranked' end, p_grouped);
   end if;
   return format($sql$with %1$s
 select h.id, h.document_id, d.key, h.ordinal, h.score, h.distance,
@@ -161,18 +174,18 @@ $$;
 
 -- Ranks ever more candidates until they belong to as many documents as are wanted, or there are no more.
 create or replace function pgshelf.grouped_reach(
-  p_statement text, p_reach int, p_wanted int, p_embedding @vector@.vector, p_filter jsonb, p_query text, p_max_distance float8, p_min_score float8,
-  p_fusion_k int, p_weights float8[]) returns int
+  p_library pgshelf.libraries, p_candidates text, p_mode text, p_reach int, p_wanted int, p_embedding @vector@.vector, p_filter jsonb, p_query text,
+  p_max_distance float8, p_min_score float8, p_fusion_k int, p_weights float8[]) returns int
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_reach int := p_reach;
-  v_counting text := regexp_replace(p_statement, E'\nselect h\\.id.*$', E'\nselect count(*) as ranked, (select count(distinct g.document_id) from ranked g) as documents from ranked');
   v_found record;
 begin
   loop
-    execute v_counting into v_found using p_embedding, p_filter, v_reach, p_query, p_max_distance, p_min_score, '{}'::text[], p_wanted, 0,
-      p_fusion_k, p_weights, 1, null::float8;
+    execute format('with %s, %s select count(*) as ranked, count(distinct r.document_id) as documents from ranked r',
+      p_candidates, pgshelf.ranking(p_mode, p_library.metric))
+      into v_found using p_embedding, p_filter, v_reach, p_query, p_max_distance, p_min_score, '{}'::text[], p_wanted, 0, p_fusion_k, p_weights;
     exit when v_found.documents >= p_wanted or v_found.ranked < v_reach or v_reach >= 1000000;
     v_reach := v_reach * 4;
   end loop;
@@ -206,8 +219,8 @@ begin
     search.group_by is not null, search.mmr_lambda is not null);
   v_reach := pgshelf.reach('vector', search.k + search.offset, search.group_by is not null, search.group_size, search.mmr_lambda, search.mmr_candidates);
   if search.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_statement, v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance,
-      search.min_score, 60, '{1,1}');
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf'), 'vector',
+      v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
   return query execute v_statement using search.embedding, search.filter, v_reach, null::text, search.max_distance, search.min_score, search.include,
     search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda;
@@ -238,8 +251,8 @@ begin
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates);
   if search_text.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_statement, v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null,
-      search_text.min_score, 60, '{1,1}');
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf'), 'text',
+      v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}');
   end if;
   return query execute v_statement using null::@vector@.vector, search_text.filter, v_reach, search_text.query, null::float8, search_text.min_score,
     search_text.include, search_text.k, search_text.offset, 60, '{1,1}'::float8[], search_text.group_size, search_text.mmr_lambda;
@@ -276,8 +289,9 @@ begin
   v_reach := greatest(pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     search_hybrid.mmr_lambda, coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates)), search_hybrid.candidates);
   if search_hybrid.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_statement, v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding, search_hybrid.filter,
-      search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
+      search_hybrid.ef_search, search_hybrid.fusion), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
+      search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
   end if;
   return query execute v_statement using search_hybrid.embedding, search_hybrid.filter, v_reach, search_hybrid.query, search_hybrid.max_distance,
     search_hybrid.min_score, search_hybrid.include, search_hybrid.k, search_hybrid.offset, search_hybrid.fusion_k, search_hybrid.weights,

@@ -156,11 +156,14 @@ begin
   return v_rows;
 end $$;
 
--- About how many rows a shelf has, for nothing: what the statistics collector saw, or the last vacuum.
+-- About how many rows a shelf has, for nothing: what the statistics collector saw. A shelf is analyzed when it is made; a collector
+-- that knows of no analysis has lost what it knew, in a crash or a failover, and saw only what came and went since.
 create or replace function pgshelf.shelf_rows(p_shelf int) returns bigint
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(nullif(pg_stat_get_live_tuples(c.oid), 0), greatest(c.reltuples, 0)::bigint)
+  select case when num_nulls(pg_stat_get_last_analyze_time(c.oid), pg_stat_get_last_autoanalyze_time(c.oid),
+      pg_stat_get_last_vacuum_time(c.oid), pg_stat_get_last_autovacuum_time(c.oid)) < 4 then pg_stat_get_live_tuples(c.oid)
+    else greatest(0, greatest(c.reltuples, 0)::bigint + pg_stat_get_tuples_inserted(c.oid) - pg_stat_get_tuples_deleted(c.oid)) end
   from pg_class c where c.oid = to_regclass('pgshelf.chunks_s' || p_shelf)
 $$;
 
@@ -506,7 +509,7 @@ end $$;
 create or replace function pgshelf.index_lists(p_rows bigint, p_bytes int, p_memory bigint) returns int
   immutable parallel safe language sql
 as $$
-  select greatest(1, least(32768, greatest(10, p_rows / 1000, sqrt(p_rows)), (p_memory / 11000 - p_bytes) / 4,
+  select greatest(1, least(32768, greatest(10, p_rows / 1000, sqrt(p_rows)), (p_memory / 12500 - p_bytes) / 4,
     (sqrt(2500.0 * p_bytes * p_bytes + 800.0 * p_memory) - 50.0 * p_bytes) / 410))::int
 $$;
 

@@ -84,19 +84,24 @@ class Shelves:
         step: Step = _no_step,
     ) -> None:
         self.connection, self.settings, self.pace, self.step = connection, settings, pace, step
+        self.failed: set[UUID] = set()  # libraries that an attempt of this session failed for
         self._seen: UUID | None = None  # the library that was looked at last
         self._swept = 0.0
 
     async def round(self) -> bool:
         """Do what is due, look at the sizes of some libraries, sweep now and then. Was there something to do?"""
         busy = False
-        for library, _ in await self._rows("select * from pgshelf.index_due()"):
+        for library in await self.due():
             busy = await self.settle(library) or busy
         busy = await self.look() or busy
         if asyncio.get_running_loop().time() >= self._swept + self.pace.sweep:
             busy = await self.sweep() or busy
             self._swept = asyncio.get_running_loop().time()
         return busy
+
+    async def due(self) -> list[UUID]:
+        """The libraries that something is to be done for now, as far as their rows say so."""
+        return [library for (library,) in await self._rows("select library from pgshelf.index_due()")]
 
     async def look(self, budget: int | None = SIZED_ROWS) -> bool:
         """See whether the size of some libraries asks for something, going on where the last call ended."""
@@ -145,6 +150,7 @@ class Shelves:
             await self._run("select pgshelf.index_failed(%s, %s, make_interval(secs => %s))", library, reason, wait)
         else:
             return True
+        self.failed.add(library)
         await self._fenced("select pgshelf.move_abort(%s)", library)
         return False
 
@@ -446,8 +452,8 @@ async def reconcile_all_async(settings: Settings, pace: Pace = UNHURRIED, step: 
         busy = True
         while busy:
             busy = False
-            for library, _ in await shelves._rows("select * from pgshelf.index_due()"):
-                busy = await shelves.settle(library) or busy
+            for library in await shelves.due():
+                busy = (library not in shelves.failed and await shelves.settle(library)) or busy
             busy = await shelves.look(budget=None) or busy
             busy = await shelves.sweep() or busy
 

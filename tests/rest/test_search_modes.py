@@ -168,6 +168,17 @@ async def test_groups_hold_the_best_of_each_document(client: httpx2.AsyncClient)
     assert len({hit["key"] for hit in hits}) == len(hits) == 2
 
 
+async def test_a_field_may_have_any_name(client: httpx2.AsyncClient) -> None:
+    await library(client, dimension=2)
+    name = "\nselect h from hits h; ' \" $1 %s %L \\ --"
+    await document(client, "odd", [1.0, 0.0], metadata={name: "it's"})
+    await document(client, "even", [1.0, 0.1], metadata={name: "no"})
+    ways: list[dict[str, Any]] = [{}, {"group_by": "document"}, {"mmr": {}}, {"facets": [name]}, {"query": "chunk"}]
+    for more in ways:
+        hits = await found(client, vector=[1, 0], filter={name: "it's"}, **more)
+        assert keys(hits) == ["odd"], more
+
+
 async def test_many_chunks_of_one_document_hide_no_other(client: httpx2.AsyncClient) -> None:
     await library(client, dimension=2)
     await document(client, "crowd", *([1.0, 0.001 * item] for item in range(200)))

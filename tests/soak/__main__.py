@@ -1,4 +1,4 @@
-"""`make soak`: fifty kills -9, with their seed; `make soak ARGS="--kills 10 --seed 7"`."""
+"""`make soak`: seventy kills -9, with their seed; `make soak ARGS="--kills 10 --moves 0 --seed 7"`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import time
 from collections import Counter
 
 from tests.soak.crash import KINDS, Ingestion, service
+from tests.soak.moves import KINDS as MOVE_KINDS
+from tests.soak.moves import LARGE, moving
 
 
-async def soak(kills: int, seed: int, version: int, minutes: float) -> None:
+async def ingest(kills: int, seed: int, version: int, minutes: float) -> None:
     print(f"seed {seed}: {kills} kills -9 during ingestion, PostgreSQL {version} with fsync on", flush=True)
     rng, done, started = random.Random(seed), Counter[str](), time.monotonic()
     with service(version) as target:
@@ -29,14 +31,32 @@ async def soak(kills: int, seed: int, version: int, minutes: float) -> None:
         print(f"{ingestion.figures()}\n{(time.monotonic() - started) / 60:.1f} minutes")
 
 
+def move(kills: int, seed: int, version: int, minutes: float) -> None:
+    print(f"seed {seed}: a library that moves, first undisturbed, then with {kills} kills -9", flush=True)
+    rng, started = random.Random(seed), time.monotonic()
+    with moving(version, seed, LARGE) as moves:
+        moves.walk()
+        for number in range(kills):
+            if time.monotonic() - started > minutes * 60:
+                raise SystemExit(f"seed {seed}: only {number} of {kills} kills within {minutes:g} minutes")
+            moves.kill_once(rng.choice(MOVE_KINDS))
+        moves.finish(patient=True)
+        print(f"seed {seed}: the library is right and nothing is left over\n{moves.figures()}")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="during ingestion")
+    parser.add_argument("--moves", type=int, default=20, help="kills while a library moves and its index is built")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
-    parser.add_argument("--minutes", type=float, default=15, help="fail when it takes longer")
+    parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
     options = parser.parse_args()
-    asyncio.run(soak(options.kills, options.seed, options.version, options.minutes))
+    if options.kills:
+        asyncio.run(ingest(options.kills, options.seed, options.version, options.minutes))
+    if options.moves:
+        move(options.moves, options.seed, options.version, options.minutes)
 
 
 if __name__ == "__main__":
