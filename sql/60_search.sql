@@ -64,7 +64,7 @@ end $$;
 create or replace function pgshelf.index_reach(p_index jsonb, p_filtered boolean) returns text
   immutable parallel safe language sql
 as $$
-  select case when p_index ->> 'type' = 'lsh' or p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+  select case when p_index ->> 'type' = 'lsh' then 'greatest($3 * 20, 300)' when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
     when not p_filtered or p_index ->> 'type' = 'kdtree' then '$3'
     else '$3 * case when y.share >= 0.3 then 2 when y.share >= 0.15 then 3 else 5 end' end
 $$;
@@ -79,7 +79,7 @@ as $$
       'set_config(''hnsw.iterative_scan'', ''relaxed_order'', true) is not null
       and set_config(''hnsw.ef_search'', least(greatest(%s, x.reach), 1000)::text, true) is not null
       and set_config(''hnsw.max_scan_tuples'', %s::int::text, true) is not null',
-      coalesce(p_ef, case when p_filtered then 200 else 150 end),
+      coalesce(p_ef, case when p_index ->> 'type' = 'lsh' then 300 when p_filtered then 200 else 150 end),
       case when p_filtered then format('least(greatest(5000, 2 * x.reach / x.share, x.share * %s), 40000)', p_chunks)
         else 'greatest(20000, 2 * x.reach)' end)
     when p_index ->> 'type' = 'ivfflat' then format(

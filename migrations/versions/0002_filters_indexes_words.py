@@ -96,13 +96,15 @@ create table pgshelf.retired_shelves (
 -- on the shelf of a library with an lsh index: a trigger there keeps it; computed once, for a scan looks at hundreds
 alter table pgshelf.chunks add column code bit varying;
 
--- the hyperplanes of an lsh index, the axes of a kdtree; an index is computed from them, so they never change
+-- the hyperplanes of an lsh index; its codes are computed from them, so they never change
 create table pgshelf.planes (
   serial int not null,
   number int not null,
   plane @vector@.vector not null,
   constraint planes_pkey primary key (serial, number)
 );
+-- read for every vector that is written: beside their row, not in TOAST
+alter table pgshelf.planes alter column plane set storage main;
 """
 
 DOCUMENTS = """
@@ -185,7 +187,7 @@ comment on column pgshelf.libraries.attributes_filling is
 comment on column pgshelf.chunks.code is
   'On which side of each hyperplane the vector lies; null where the library has no lsh index.';
 comment on table pgshelf.retired_shelves is 'Shelves that no library uses any more and that will be dropped.';
-comment on table pgshelf.planes is 'Hyperplanes of lsh indexes and axes of kdtree indexes, by the serial of the index.';
+comment on table pgshelf.planes is 'Hyperplanes of lsh indexes, by the serial of the index.';
 comment on table pgshelf.attribute_values is
   'Declared attributes of documents, kept by triggers, for ranges, sorting and facets.';
 comment on column pgshelf.attribute_values.exact is

@@ -219,7 +219,7 @@ planes = Table(
     Column("number", Integer, nullable=False),
     Column("plane", VECTOR, nullable=False),
     PrimaryKeyConstraint("serial", "number", name="planes_pkey"),
-    comment="Hyperplanes of lsh indexes and axes of kdtree indexes, by the serial of the index.",
+    comment="Hyperplanes of lsh indexes, by the serial of the index.",
 )
 
 attribute_values = Table(
