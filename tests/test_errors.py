@@ -213,7 +213,7 @@ async def test_a_mistake_of_ours_tells_nothing_and_is_logged(
     problem(response, 500, "internal_error")
     assert "secret" not in response.text and "RuntimeError" not in response.text
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert "it-was-me" in record.getMessage() and record.exc_info
+    assert (vars(record)["request_id"], bool(record.exc_info)) == ("it-was-me", True)
 
 
 async def test_an_error_of_the_database_that_nobody_foresaw(client: httpx2.AsyncClient, database_url: str) -> None:

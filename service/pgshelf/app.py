@@ -6,7 +6,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from litestar import Litestar
 from litestar.di import Provide
@@ -25,6 +26,7 @@ from pgshelf import (
     indexes,
     libraries,
     logs,
+    metrics,
     openapi,
     search,
     worker,
@@ -45,13 +47,17 @@ TAGS = [
 ]
 
 
-def create_app(settings: Settings) -> Litestar:
-    """The ASGI application over the database of `settings.database_url`, which must be set."""
+def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litestar:
+    """The ASGI application over the database of `settings.database_url`, which must be set.
+
+    Several processes of one service share a `metrics_folder`.
+    """
     if not settings.database_url:
         raise ValueError(
             "create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none"
         )
     engine = database.make_engine(settings, settings.database_url)
+    metrics.observe_pool(engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -64,10 +70,11 @@ def create_app(settings: Settings) -> Litestar:
 
     handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]
     app = Litestar(
-        route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router],
+        route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(lambda: settings, sync_to_thread=False),
+            "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
         },
         dto=http.Body,
         return_dto=None,
@@ -88,8 +95,18 @@ def create_app(settings: Settings) -> Litestar:
             use_handler_docstrings=True,
         ),
     )
-    app.asgi_handler = http.Edge(app.asgi_handler)
+    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings))
     return app
+
+
+def _observer(settings: Settings) -> Callable[[http.Served], None]:
+    def observe(served: http.Served) -> None:
+        metrics.count(served)
+        slow = served.stages["total"] >= settings.slow_request * 1000
+        if slow or settings.access_log:
+            logs.request(slow, served.method, served.route, served.status, served.stages)
+
+    return observe
 
 
 def from_environment() -> Litestar:
@@ -97,8 +114,9 @@ def from_environment() -> Litestar:
     if parent := os.environ.get(PARENT):
         threading.Thread(target=_die_with, args=(int(parent),), daemon=True).start()
     settings = Settings.from_env(os.environ)
-    logs.configure(settings.log_level)
-    return create_app(settings)
+    logs.configure(settings.log_level, settings.log_format)
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return create_app(settings, Path(folder) if folder else None)
 
 
 def _die_with(parent: int) -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def _settings(**overrides: Any) -> Settings:
         raise Failure(str(error)) from None
     except psycopg.ProgrammingError as error:
         raise Failure(f"PGSHELF_DATABASE_URL is no connection string of PostgreSQL: {str(error).strip()}") from None
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     return settings
 
 
@@ -109,12 +110,17 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
         os.environ["_PGSHELF_PARENT"] = str(os.getpid())
         stop = threading.Event()
+        metrics = tempfile.TemporaryDirectory(
+            prefix="pgshelf-metrics-"
+        )  # where the processes put their numbers together
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics.name
         if server is not None:
             threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()
         try:
             _serve(settings, address, reload)
         finally:
             stop.set()
+            metrics.cleanup()
 
 
 def _say_what_fails(url: str, settings: Settings) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 from urllib.parse import unquote
@@ -22,6 +23,7 @@ from litestar.params import HeaderParameter, PathParameter, QueryParameter, Skip
 from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from pgshelf import logs
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.settings import Settings
 from pgshelf.timing import stage, stages
@@ -37,6 +39,7 @@ ID = re.compile(
     r"([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})|\{[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\}", re.I
 )
 ANY_VERSION = -1
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
 Engine = NamedDependency[SkipValidation[AsyncEngine]]
@@ -156,9 +159,11 @@ def render_problem(request: Request[Any, Any, Any], error: Exception) -> Respons
     """The exception handler of the whole application."""
     problem = problem_of(error)
     request_id = str(request.scope.get("pgshelf_request_id", ""))
+    request.scope["pgshelf_problem"] = problem.code  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
     if problem.status >= 500:
         known = isinstance(error, Problem) or problem.code != "internal_error"
-        log.error("%s %s: %s", request_id, problem.code, error, exc_info=None if known else error)
+        told = {"request_id": request_id}
+        log.error("%s: %s", problem.code, error, exc_info=None if known else error, extra=told)
     body = ProblemBody(
         type=f"urn:pgshelf:error:{problem.code}",
         title=problem.title,
@@ -177,11 +182,24 @@ def _media_type(header: str) -> str:
     return header.split(",")[0].split(";")[0].strip().lower()
 
 
+class Served(msgspec.Struct, frozen=True):
+    """A request that was answered, as metrics and log lines may tell of it."""
+
+    method: str
+    route: str  # the template, not the address: names and keys are the client's, and there is no end of them
+    status: int
+    stages: dict[str, float]  # milliseconds, `total` among them
+    problem: str | None  # its code
+
+
+TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
+
+
 class Edge:
     """Wraps the application: routes on the path as it was sent, checks the content type, adds ids and timings."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, observe: Callable[[Served], None]) -> None:
+        self.app, self.observe = app, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -202,8 +220,12 @@ class Edge:
         if head:
             scope["method"] = "GET"
 
+        status = 499  # the client went away before there was an answer
+
         async def answer(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 out = MutableScopeHeaders.from_message(message)
                 if "GET" in out.get("allow", ""):
                     out["allow"] += ", HEAD"
@@ -214,7 +236,15 @@ class Edge:
                 message["body"] = b""
             await send(message)
 
-        await self.app(scope, receive, answer)
+        trace = TRACE.fullmatch(headers.get(b"traceparent", b"").decode("latin-1"))
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        with logs.bind(request_id=request_id, **({"trace_id": trace[1]} if trace else {})):
+            try:
+                await self.app(scope, receive, answer)
+            finally:
+                spent["total"] = (time.perf_counter() - started) * 1000
+                route, problem = scope.get("path_template") or "none", str(scope.get("pgshelf_problem", "")) or None
+                self.observe(Served("HEAD" if head else method, route, status, spent, problem))
 
 
 def decode_path(app: ASGIApp) -> ASGIApp:

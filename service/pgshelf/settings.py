@@ -79,6 +79,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_rerank_candidates: Annotated[int, Meta(ge=1, le=1000)] = 100
 
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    log_format: Annotated[str, Meta(pattern="^(console|json)$")] = "console"
+    access_log: bool = False
+    slow_request: Annotated[float, Meta(gt=0)] = 2.0
+    metrics_libraries: Annotated[int, Meta(ge=0, le=1000)] = 20
 
     def __post_init__(self) -> None:
         if self.postgres_version == 17:

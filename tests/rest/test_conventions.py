@@ -102,7 +102,7 @@ async def test_head_is_get_without_the_body(client: httpx2.AsyncClient) -> None:
 
 
 async def test_nothing_at_an_address(client: httpx2.AsyncClient) -> None:
-    for path in ("/", "/v1", "/v2/libraries", "/v1/libraries/a/b", "/v1/libraries/a/documents/b/c", "/metrics"):
+    for path in ("/", "/v1", "/v2/libraries", "/v1/libraries/a/b", "/v1/libraries/a/documents/b/c", "/metric"):
         body = problem(await client.get(path), 404, "route_not_found")
         assert "/schema" in body["detail"] and body["instance"] == path
         problem(await client.post(path, json={}), 404, "route_not_found")

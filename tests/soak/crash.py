@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # it ships no types
+import psutil
 import psycopg
 
 from pgshelf import embedded

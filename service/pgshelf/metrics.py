@@ -1,0 +1,123 @@
+"""What an operator's Prometheus reads at `/metrics`: requests and stages of all processes, and what the database says.
+
+Serving processes write their numbers to files of one folder, which `pgshelf serve` makes and names to
+prometheus-client; whichever process is asked adds them up. What is one for all processes is asked of the database.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from litestar import Response, Router, get
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client import generate_latest as exposition
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf import database
+from pgshelf.http import Config, Engine, Served
+
+# Where the processes of a service keep their numbers; None where there is but one process.
+Folder = NamedDependency[SkipValidation[Path | None]]
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+REQUESTS = Counter("pgshelf_http_requests", "Requests answered.", ["method", "route", "status"])
+DURATION = Histogram(
+    "pgshelf_http_request_duration_seconds", "From a request to its answer.", ["route"], buckets=SECONDS
+)
+STAGES = Histogram("pgshelf_http_stage_seconds", "Stages of requests, as in Server-Timing.", ["stage"], buckets=SECONDS)
+PROBLEMS = Counter("pgshelf_problems", "Answers that are problems, by their code.", ["code"])
+POOL = Gauge("pgshelf_pool_connections", "Connections to PostgreSQL.", ["state"], multiprocess_mode="livesum")
+
+# chunks are estimated from the statistics collector: counting millions at every scrape would be a load of its own
+QUERY = """
+select 'pgshelf_libraries', index_state, count(*)::float8 from pgshelf.libraries where deleted_at is null group by 2
+union all select 'pgshelf_libraries_waiting', null, count(distinct library_id) from pgshelf.waiting
+union all select 'pgshelf_pending_age_seconds', null,
+  coalesce(extract(epoch from now() - min(due)), 0)::float8 from pgshelf.waiting where due <= now()
+union all select 'pgshelf_documents', null, greatest(reltuples, 0)::float8 from pg_class
+  where oid = 'pgshelf.documents'::regclass
+union all (select 'pgshelf_library_chunks', l.name, pgshelf.shelf_rows(l.shelf)::float8 from pgshelf.libraries l
+  where l.deleted_at is null and l.shelf <> 0 order by 3 desc nulls last limit %s)
+"""
+MEANINGS = {
+    "pgshelf_libraries": ("Libraries by the state of their index.", "state"),
+    "pgshelf_libraries_waiting": ("Libraries that may hold chunks without a vector.", None),
+    "pgshelf_pending_age_seconds": ("How long the oldest chunk that is due has waited for its vector.", None),
+    "pgshelf_documents": ("Documents of all libraries, as PostgreSQL estimates them.", None),
+    "pgshelf_library_chunks": ("Chunks of the largest libraries with a shelf of their own, estimated.", "library"),
+}
+
+
+def observe_pool(engine: AsyncEngine) -> None:
+    """Count the connections of an engine's pool as they come, go, and are used."""
+    for state in ("open", "used"):
+        POOL.labels(state).set(0)
+    for name, state, step in (("connect", "open", 1), ("close", "open", -1), ("checkout", "used", 1)):
+        event.listen(engine.pool, name, _step(state, step))
+    event.listen(engine.pool, "checkin", _step("used", -1))
+
+
+def _step(state: str, amount: int) -> Any:
+    def count(*_: Any) -> None:
+        POOL.labels(state).inc(amount)
+
+    return count
+
+
+def count(served: Served) -> None:
+    """Count a request that was answered."""
+    REQUESTS.labels(served.method, served.route, served.status).inc()
+    if served.problem is not None:
+        PROBLEMS.labels(served.problem).inc()
+    for name, milliseconds in served.stages.items():
+        (DURATION.labels(served.route) if name == "total" else STAGES.labels(name)).observe(milliseconds / 1000)
+
+
+class Rows:
+    """What the database said, as a collector of prometheus-client."""
+
+    def __init__(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        self.rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        """A family for each name, in the order of MEANINGS."""
+        families = {
+            name: GaugeMetricFamily(name, meaning, labels=[label] if label else [])
+            for name, (meaning, label) in MEANINGS.items()
+        }
+        for name, label, value in self.rows:
+            families[name].add_metric([label] if label is not None else [], value or 0.0)
+        return iter(families.values())
+
+
+# not in the OpenAPI document: its readers know the address, and it is no part of what a client may rely on
+@get("/metrics", media_type=CONTENT_TYPE_LATEST, include_in_schema=False)
+async def metrics(engine: Engine, settings: Config, metrics_folder: Folder) -> Response[bytes]:
+    """Everything that is measured, of all processes of this service, in Prometheus' text format."""
+    rows = await database.run(engine, QUERY, settings.metrics_libraries)
+    registry = CollectorRegistry()
+    registry.register(Rows(rows))
+    own = REGISTRY if metrics_folder is None else _of_all(metrics_folder)
+    return Response(exposition(own) + exposition(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _of_all(folder: Path) -> CollectorRegistry:
+    for file in folder.glob("gauge_live*.db"):
+        pid = int(re.findall(r"\d+", file.stem)[-1])
+        if not psutil.pid_exists(pid):
+            multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    return registry
+
+
+router = Router("/", route_handlers=[metrics])
