@@ -105,9 +105,8 @@ def test_lines_are_json_and_carry_the_request(database_url: str, make_live_serve
     trace = "0af7651916cd43dd8448eb211c80319c"
     headers = {"X-Request-Id": "mine-1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     httpx2.post(f"{server.url}/v1/libraries", json={"name": "s3cret"}, headers=headers)
-    found = [line for line in lines(server) if line.get("request_id") == "mine-1"]
-    assert [line["event"] for line in found] == ["request"]
-    [line] = found
+    line = line_of(server, "mine-1")
+    assert line["event"] == "request"
     assert (line["method"], line["route"], line["status"]) == ("POST", "/v1/libraries", 201)
     assert (line["trace_id"], line["level"], line["logger"]) == (trace, "info", "pgshelf.requests")
     assert 0 < line["sql_ms"] < line["total_ms"]
@@ -117,7 +116,7 @@ def test_lines_are_json_and_carry_the_request(database_url: str, make_live_serve
 def test_slow_requests_are_told_without_asking(database_url: str, make_live_server: MakeLiveServer) -> None:
     server = make_live_server(database_url, PGSHELF_LOG_FORMAT="json", PGSHELF_SLOW_REQUEST="0.000001")
     httpx2.get(f"{server.url}/health", headers={"X-Request-Id": "slow-1"})
-    [line] = [line for line in lines(server) if line.get("request_id") == "slow-1"]
+    line = line_of(server, "slow-1")
     assert (line["event"], line["level"], line["route"]) == ("slow request", "warning", "/health")
 
 
@@ -139,8 +138,16 @@ def test_tracebacks_show_no_values(capsys: pytest.CaptureFixture[str]) -> None:
         root.handlers[:], root.level = before
 
 
-def lines(server: LiveServer) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in server.output.splitlines() if line.startswith("{")]
+def line_of(server: LiveServer, request: str) -> dict[str, Any]:
+    """The one line of a request; it may come a moment after its answer."""
+    deadline = time.monotonic() + 10
+    while True:
+        lines = [json.loads(line) for line in server.output.splitlines() if line.startswith("{")]
+        found = [line for line in lines if line.get("request_id") == request]
+        if found or time.monotonic() > deadline:
+            [line] = found
+            return line
+        time.sleep(0.05)
 
 
 def ok_text(response: httpx2.Response) -> str:
