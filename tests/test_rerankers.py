@@ -383,7 +383,8 @@ def test_a_base_url_with_a_host_or_port_that_is_none_is_refused(url: str) -> Non
 
 
 async def test_a_base_url_that_leads_nowhere(closed: None) -> None:
-    lost = msgspec.structs.replace(Settings(cohere_api_key="key"), cohere_base_url="http://localhost:port")
+    lost = Settings(cohere_api_key="key")
+    msgspec.structs.force_setattr(lost, "cohere_base_url", "http://localhost:port")
     with pytest.raises(RerankerFailed, match="PGSHELF_COHERE_BASE_URL"):
         await cohere.CohereReranker(lost).rerank(QUERY, TEXTS, 4)
 

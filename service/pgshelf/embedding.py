@@ -123,7 +123,7 @@ async def vectors_of(
 
 
 async def _fill(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind) -> None:
-    """Ask for texts; where the provider refuses them without saying which, TextRefused comes from the one that it is."""
+    """Ask for texts; where the provider refuses them without saying which, find the one that TextRefused is about."""
     try:
         await _ask(made, embedder, texts, kind)
     except TextsRefused:

@@ -76,8 +76,8 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     truncate: Annotated[
         Literal["end", "start", "none"] | UnsetType,
         Meta(
-            description="Of `cohere`: what of a text is left out that is too long for the model; with `none` such a text "
-            "is refused. `end` if absent."
+            description="Of `cohere`: what is left out of a text that is too long for the model; with `none` such a "
+            "text is refused. `end` if absent."
         ),
     ] = UNSET
 
@@ -105,7 +105,7 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     embedder: Annotated[
         EmbedderChoice | None,
         Meta(
-            description="Who makes the vectors; PGSHELF_EMBEDDER if absent, which is `cohere` where its key is set, else `local`."
+            description="Who makes the vectors; PGSHELF_EMBEDDER if absent: `cohere` where its key is set, else `local`."
         ),
     ] = None
     dimension: Annotated[

@@ -1,7 +1,6 @@
 """Asking a provider over HTTP: connections, attempts within a deadline, and what a refusal means.
 
-The retries of the providers' own packages know no deadline, and sleep for as long as a Retry-After says, up to a minute.
-So they are told to try once, and the retries are here: what cannot be waited for within the timeout is refused at once,
+The retries of the providers' own packages know no deadline, and sleep for as long as a Retry-After says. So they are told to try once, and the retries are here: what cannot be waited for within the timeout is refused at once,
 with the Retry-After that the provider gave.
 """
 
@@ -40,7 +39,7 @@ class Errors(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Whom to ask, and what its refusals are called: `setting` is the prefix of its settings, `model` what is asked of it."""
+    """Whom to ask. `setting` is what its settings begin with, `model` what is asked of it, for its refusals."""
 
     name: str
     setting: str

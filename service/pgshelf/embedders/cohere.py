@@ -1,8 +1,8 @@
 """Cohere's embed API, version 2.
 
-With `embedding_type` "binary" the vectors of documents come as one bit a number, a 32nd of the traffic, and are unpacked to
-plus and minus one. Queries are float in either case: the distances of a float query to signs are those that Cohere ranks
-binary candidates again by, and an index of storage `bit` reads no more of either side than its signs.
+With `embedding_type` "binary" the vectors of documents come as one bit a number, far less traffic, and are unpacked to plus
+and minus one. Queries are float in either case: an index of storage `bit` takes the signs of both sides to find candidates,
+and the distances of the float query to the signs of the documents then rank these, which Cohere calls rescoring.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MODEL = "embed-v5.0-fast"
-DIMENSION = (
-    1024  # where a model leaves the choice: of more than about 2,000 numbers a vector fits no page of PostgreSQL
-)
+DIMENSION = 1024  # where a model leaves the choice; a vector of 2,048 numbers fits no page of PostgreSQL
 MODELS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         "embed-v5.0-fast": (256, 512, 768, 1024, 1536, 2048),
