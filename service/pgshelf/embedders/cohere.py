@@ -1,8 +1,8 @@
 """Cohere's embed API, version 2.
 
-With `embedding_type` "binary" the vectors of documents come as one bit a number, far less traffic, and are unpacked to plus
-and minus one. Queries are float in either case: an index of storage `bit` takes the signs of both sides to find candidates,
-and the distances of the float query to the signs of the documents then rank these, which Cohere calls rescoring.
+With `embedding_type` "binary" the vectors of documents come as one bit a number, far less traffic, and are unpacked to
+plus and minus one. Queries are float in either case: an index of storage `bit` finds candidates by the signs of both
+sides, and the distances of the float query to the signs of the documents rank these, which Cohere calls rescoring.
 """
 
 from __future__ import annotations
