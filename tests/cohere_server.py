@@ -5,6 +5,7 @@ Relevance is the share of words that query and text have in common, so that test
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import socket
@@ -21,6 +22,17 @@ Fault = Callable[["Handler", Answer], None]
 
 RERANK_MODELS = {"rerank-v5.0-fast", "rerank-v5.0-pro", "rerank-v4.0-fast", "rerank-v3.5"}
 MAX_DOCUMENTS = 10_000
+EMBED_MODELS: dict[str, tuple[int, ...]] = {  # the dimension that comes unasked first
+    "embed-v5.0-fast": (2048, 256, 512, 768, 1024, 1536),
+    "embed-v5.0-pro": (2048, 256, 512, 768, 1024, 1536),
+    "embed-v4.0": (1536, 256, 512, 1024),
+    "embed-english-v3.0": (1024,),
+    "embed-multilingual-v3.0": (1024,),
+    "embed-english-light-v3.0": (384,),
+    "embed-of-tomorrow": (64, 8),
+}
+MAX_TEXTS = 96
+MAX_WORDS = 5000  # beyond them a text is too long
 
 
 class Asked(NamedTuple):
@@ -46,6 +58,7 @@ class CohereServer:
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
+        self.texts: list[tuple[str, str]] = []  # (input_type, text) of all that was embedded and answered well
         self.connections = 0
         self.released = threading.Event()  # whoever hangs waits for it
         self._faults: deque[Fault] = deque()
@@ -107,8 +120,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if (fault := cohere.fault()) is not None:
             fault(self, answer)
-        else:
-            self.send(200, answer)
+            return
+        if self.path == "/v2/embed":
+            cohere.texts += [(body["input_type"], text) for text in body["texts"]]
+        self.send(200, answer)
 
     def send(self, status: int, answer: object, **headers: str) -> None:
         """Answer with JSON, or with bytes as they are."""
@@ -154,11 +169,63 @@ def rerank(body: Answer) -> Answer:
     return {"id": str(uuid.uuid4()), "results": results[:top], "meta": meta({"search_units": 1})}
 
 
+def embed(body: Answer) -> Answer:
+    """POST /v2/embed, of texts."""
+    model, texts, types = body.get("model"), body.get("texts"), body.get("embedding_types") or ["float"]
+    if model not in EMBED_MODELS:
+        raise Refused(404, f"model '{model}' not found, make sure the correct model ID was used")
+    if body.get("input_type") not in ("search_document", "search_query", "classification", "clustering"):
+        raise Refused(400, "invalid request: valid input_type must be provided with the provided model")
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_TEXTS:
+        raise Refused(400, f"invalid request: total number of texts must be at most {MAX_TEXTS}")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise Refused(400, "invalid request: all elements in texts must be non-empty strings")
+    if body.get("truncate", "END") not in ("END", "START", "NONE"):
+        raise Refused(400, "invalid request: truncate must be one of NONE, START, END")
+    if body.get("truncate") == "NONE" and any(len(text.split()) > MAX_WORDS for text in texts):
+        raise Refused(400, "invalid request: a text is too long for the model")
+    dimensions = EMBED_MODELS[model]
+    if len(dimensions) == 1 and "output_dimension" in body:
+        raise Refused(400, "invalid request: output_dimension is not supported by this model")
+    dimension = body.get("output_dimension", dimensions[0])
+    if dimension not in dimensions:
+        raise Refused(400, f"invalid request: output_dimension must be one of {sorted(dimensions)}")
+    vectors = [numbers_of(body["input_type"], text, dimension) for text in texts]
+    embeddings: Answer = {}
+    for kind in types:
+        if kind not in ("float", "ubinary"):
+            raise Refused(400, "invalid request: embedding_types are float, int8, uint8, binary, ubinary, base64")
+        embeddings[kind] = vectors if kind == "float" else [packed(vector) for vector in vectors]
+    answer = {"id": str(uuid.uuid4()), "response_type": "embeddings_by_type", "texts": texts, "embeddings": embeddings}
+    return {**answer, "meta": meta({"input_tokens": sum(len(text.split()) for text in texts)})}
+
+
+def numbers_of(kind: str, text: str, dimension: int) -> list[float]:
+    """The vector of a text: each word adds to places that its hash names, so texts with words in common are near.
+
+    It is not of unit length, and queries differ from documents by their last number.
+    """
+    vector = [0.0] * dimension
+    for word in words(text) or {text}:
+        digest = hashlib.sha256(word.encode("utf-8", "replace")).digest()
+        for at in range(0, 16, 4):
+            place = int.from_bytes(digest[at : at + 4], "big")
+            vector[place % (dimension - 1)] += 1.0 if place >> 31 else -1.0
+    vector[-1] = 0.5 if kind == "search_query" else 0.25
+    return vector
+
+
+def packed(vector: list[float]) -> list[int]:
+    """Eight signs a byte, the first in the highest bit."""
+    bits = [number > 0 for number in vector]
+    return [sum(bit << (7 - n) for n, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+
+
 def meta(billed: dict[str, int]) -> Answer:
     return {"api_version": {"version": "2"}, "billed_units": billed}
 
 
-ROUTES: dict[str, Callable[[Answer], Answer]] = {"/v2/rerank": rerank}
+ROUTES: dict[str, Callable[[Answer], Answer]] = {"/v2/rerank": rerank, "/v2/embed": embed}
 
 
 def status(code: int, message: str = "something happened", **headers: str) -> Fault:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pgshelf import demo
-from pgshelf.embedders import embedder_for
+from pgshelf.embedders.local import LocalEmbedder
 from pgshelf_client.types import Hit, SearchResult
 
 
@@ -22,7 +22,7 @@ def documents():
 def best(documents):
     """The modules of the three best hits for a question: exact cosine over all chunks, as the database does it."""
     chunks = [(key, chunk["text"]) for key, document in documents.items() for chunk in document["chunks"]]
-    embedder = embedder_for("local")
+    embedder = LocalEmbedder()
     vectors = asyncio.run(embedder.embed([text for _, text in chunks], "document"))
 
     def search(question):

@@ -16,11 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgshelf.embedders import EmbedderError, EmbedderFailed, EmbedderUnavailable, TextRefused, embedder_for, local
+from pgshelf.embedders import (
+    EmbedderError,
+    EmbedderFailed,
+    EmbedderUnavailable,
+    TextRefused,
+    described,
+    embedder_for,
+    local,
+)
+from pgshelf.settings import Settings
 
 
 def embed(*texts, dimension=256, kind="document"):
-    return asyncio.run(embedder_for("local", None, dimension).embed(texts, kind))
+    return asyncio.run(local.LocalEmbedder(None, dimension).embed(texts, kind))
 
 
 @pytest.fixture
@@ -112,26 +121,25 @@ def test_a_text_whose_tokens_cancel_out_is_refused(monkeypatch):
     assert caught.value.index == 0
 
 
-def test_embedders_are_the_same_object_each_time_and_say_what_they_are():
-    embedder = embedder_for("local")
-    assert embedder is embedder_for("local")
-    assert (embedder.provider, embedder.model, embedder.dimension) == ("local", "wordllama-l2-supercat", 256)
-    assert embedder_for("local", "wordllama-l2-supercat", 64).dimension == 64
+def test_embedders_say_what_they_are():
+    whole = {"provider": "local", "model": "wordllama-l2-supercat", "dimension": 256}
+    assert described(embedder_for(Settings(), {"provider": "local"})) == whole
+    assert described(embedder_for(Settings(), {**whole, "dimension": 64})) == {**whole, "dimension": 64}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("choice", "message"),
     [
-        (("none",), "send vectors"),
-        (("openai",), "one of local, none, not 'openai'"),
-        (("local", "gpt-2"), "\"wordllama-l2-supercat\", not 'gpt-2'"),
-        (("local", None, 384), "one of 64, 128, 256, not 384"),
-        (("local", None, 0), "one of 64, 128, 256, not 0"),
+        ({"provider": "none"}, "send vectors"),
+        ({"provider": "other"}, "one of local, cohere, none, not 'other'"),
+        ({"provider": "local", "model": "gpt-2"}, "\"wordllama-l2-supercat\", not 'gpt-2'"),
+        ({"provider": "local", "dimension": 384}, "one of 64, 128, 256, not 384"),
+        ({"provider": "local", "dimension": 0}, "one of 64, 128, 256, not 0"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(arguments, message):
+def test_what_does_not_exist_is_refused_with_what_does(choice, message):
     with pytest.raises(ValueError, match=message):
-        embedder_for(*arguments)
+        embedder_for(Settings(), choice)
 
 
 def test_the_model_is_loaded_once_by_many_threads(no_model_yet):
@@ -152,7 +160,7 @@ async def test_the_event_loop_runs_on_while_the_model_loads_and_while_a_batch_is
         return real(self, texts)
 
     monkeypatch.setattr(local.LocalEmbedder, "_embed", noted)
-    embedder = embedder_for("local")
+    embedder = local.LocalEmbedder()
     await embedder.embed(["short"], "query")
     await embedder.embed(["short"], "query")
     await embedder.embed(["a batch"] * 500, "document")
@@ -163,7 +171,8 @@ def test_nothing_heavy_is_imported_before_the_first_text_and_wordllama_never():
     code = """
 import sys, logging
 from pgshelf.embedders import embedder_for
-embedder = embedder_for("local")
+from pgshelf.settings import Settings
+embedder = embedder_for(Settings(), {"provider": "local"})
 assert not {"tokenizers", "safetensors", "wordllama", "requests"} & set(sys.modules)
 import asyncio
 asyncio.run(embedder.embed(["text"], "query"))

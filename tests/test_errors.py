@@ -15,7 +15,7 @@ import pytest
 from litestar.exceptions import HTTPException, InternalServerException, NotAuthorizedException
 
 from pgshelf import embedded, embedding, libraries, migrate
-from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, TextRefused
+from pgshelf.embedders import EmbedderFailed, EmbedderTimeout, EmbedderUnavailable, TextRefused
 from pgshelf.errors import CLASSES, CODES, CONSTRAINTS, SQLSTATES, Problem, problem_of
 from tests.rest.asking import at, chunks, document, library, local, ok, problem, until
 
@@ -254,6 +254,8 @@ async def test_more_than_postgresql_can_store(database_url: str, make_settings: 
 class Provider:
     """An embedding provider that fails as it is told to, or gives what it is told to."""
 
+    batch, remote = 10, False
+
     def __init__(self, outcome: Exception) -> None:
         self.outcome = outcome
 
@@ -266,6 +268,7 @@ class Provider:
     [
         (EmbedderFailed("the provider refused the model"), 502, "embedder_failed", "refused the model"),
         (EmbedderUnavailable("the provider is overloaded", 7.4), 503, "embedder_unavailable", "overloaded"),
+        (EmbedderTimeout("the provider did not answer", 7.4), 504, "embedder_timeout", "not answer"),
         (TextRefused("text has no meaning to this model", 0), 422, "text_not_embeddable", "no meaning"),
     ],
 )

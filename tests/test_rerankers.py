@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from pgshelf import providers
 from pgshelf.errors import CODES, Problem, problem_of
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.rerankers import (
@@ -46,15 +47,15 @@ def settings_for(server: CohereServer, **given: Any) -> Settings:
 
 @pytest.fixture
 async def reranker(cohere_server: CohereServer) -> AsyncIterator[cohere.CohereReranker]:
-    yield cohere.CohereReranker(cohere_server.key, cohere_server.url, DEADLINE)
-    await cohere.close()
+    yield cohere.CohereReranker(settings_for(cohere_server))
+    await providers.close()
 
 
 @pytest.fixture
 async def closed() -> AsyncIterator[None]:
     """For tests that make rerankers of their own."""
     yield
-    await cohere.close()
+    await providers.close()
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_any_texts_come_in_the_order_of_relevance_then_of_place(cohere_server: C
             assert ranked == sorted(scored, key=lambda item: (-item[1], item[0]))[:top]
 
         check()
-        runner.run(cohere.close())
+        runner.run(providers.close())
 
 
 async def test_what_cohere_is_sent(cohere_server: CohereServer, closed: None) -> None:
@@ -126,7 +127,7 @@ async def test_what_passes_is_tried_again(
     assert await reranker.rerank(QUERY, TEXTS, 4) == BEST
     assert len(cohere_server.asked) == 3
     first, second = waits
-    assert cohere.BACKOFF / 2 <= first <= cohere.BACKOFF <= second <= cohere.BACKOFF * 2
+    assert providers.BACKOFF / 2 <= first <= providers.BACKOFF <= second <= providers.BACKOFF * 2
 
 
 @pytest.mark.parametrize(
@@ -187,8 +188,8 @@ async def test_a_retry_after_is_kept(
     cohere_server.fail(status(429, retry_after="3"), status(503, retry_after=date))
     assert await reranker.rerank(QUERY, TEXTS, 4) == BEST
     first, second = waits
-    assert 3 < first <= 3 + cohere.BACKOFF
-    assert 5 < second <= 8 + cohere.BACKOFF * 2
+    assert 3 < first <= 3 + providers.BACKOFF
+    assert 5 < second <= 8 + providers.BACKOFF * 2
 
 
 @pytest.mark.parametrize("header", ["soon", "", "1e999", "nan", "-5", "0", "Wed, 21 Oct 2015 07:28:00 -0000"])
@@ -197,7 +198,7 @@ async def test_a_retry_after_that_says_nothing_is_no_reason_to_wait(
 ) -> None:
     cohere_server.fail(status(429, retry_after=header))
     assert await reranker.rerank(QUERY, TEXTS, 4) == BEST
-    assert waits[0] <= cohere.BACKOFF
+    assert waits[0] <= providers.BACKOFF
 
 
 async def test_who_would_have_to_wait_for_too_long_is_told_at_once(
@@ -222,23 +223,23 @@ async def test_a_retry_after_of_the_last_attempt_is_handed_on(
 async def test_no_answer_in_time(
     cohere_server: CohereServer, closed: None, monkeypatch: pytest.MonkeyPatch, faults: list[Fault]
 ) -> None:
-    monkeypatch.setattr(cohere, "BACKOFF", 0.001)
+    monkeypatch.setattr(providers, "BACKOFF", 0.001)
     cohere_server.fail(*faults)
-    reranker = cohere.CohereReranker(cohere_server.key, cohere_server.url, 1.0)
+    reranker = cohere.CohereReranker(settings_for(cohere_server, cohere_timeout=1.0))
     with pytest.raises(RerankerTimeout, match="within 1 second"):
         await reranker.rerank(QUERY, TEXTS, 4)
     assert len(cohere_server.asked) == len(faults)
-    patient = cohere.CohereReranker(cohere_server.key, cohere_server.url, DEADLINE)
+    patient = cohere.CohereReranker(settings_for(cohere_server))
     assert await patient.rerank(QUERY, TEXTS, 4) == BEST
 
 
 async def test_nobody_there(closed: None, waits: list[float]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    reranker = cohere.CohereReranker("key", f"http://127.0.0.1:{port}", DEADLINE)
+    reranker = cohere.CohereReranker(Settings(cohere_api_key="key", cohere_base_url=f"http://127.0.0.1:{port}"))
     with pytest.raises(RerankerUnavailable, match="cannot be reached") as caught:
         await reranker.rerank(QUERY, TEXTS, 4)
-    assert (caught.value.retry_after, len(waits)) == (cohere.RETRY_AFTER, 2)
+    assert (caught.value.retry_after, len(waits)) == (providers.RETRY_AFTER, 2)
 
 
 def results(*changes: tuple[str, Any]) -> Fault:
@@ -299,13 +300,13 @@ async def test_connections_are_kept_between_searches(
     cohere_server: CohereServer, reranker: cohere.CohereReranker
 ) -> None:
     await asyncio.gather(*[reranker.rerank(QUERY, TEXTS, 4) for _ in range(5)])
-    assert len(cohere._connections[asyncio.get_running_loop()]) == 1
+    assert len(providers._connections[asyncio.get_running_loop()]) == 1
     opened = cohere_server.connections
     assert opened <= 5
     for _ in range(5):
         await reranker.rerank(QUERY, TEXTS, 4)
     assert cohere_server.connections == opened
-    await cohere.close()
+    await providers.close()
     await reranker.rerank(QUERY, TEXTS, 4)
     assert cohere_server.connections == opened + 1
 
@@ -317,7 +318,7 @@ async def test_the_application_closes_them_at_its_end(cohere_server: CohereServe
     settings = settings_for(cohere_server, database_url=nowhere, worker_enabled=False, embedder="none")
     async with create_app(settings).lifespan():
         assert await rerank(settings, CHOICE, QUERY, TEXTS, 4) == BEST
-        [connection] = cohere._connections[asyncio.get_running_loop()].values()
+        [connection] = providers._connections[asyncio.get_running_loop()].values()
         assert not connection.http.is_closed
     assert connection.http.is_closed
 
@@ -332,9 +333,9 @@ reranker = reranker_for(Settings(cohere_api_key="{cohere_server.key}", cohere_ba
 assert "cohere" not in sys.modules
 
 async def main():
-    from pgshelf.rerankers import cohere
+    from pgshelf import providers
     assert len(await reranker.rerank("a", ["a", "b"], 2)) == 2
-    await cohere.close()
+    await providers.close()
 
 asyncio.run(main())
 assert "cohere" in sys.modules
@@ -382,8 +383,10 @@ def test_a_base_url_with_a_host_or_port_that_is_none_is_refused(url: str) -> Non
 
 
 async def test_a_base_url_that_leads_nowhere(closed: None) -> None:
+    lost = Settings(cohere_api_key="key")
+    msgspec.structs.force_setattr(lost, "cohere_base_url", "http://localhost:port")
     with pytest.raises(RerankerFailed, match="PGSHELF_COHERE_BASE_URL"):
-        await cohere.CohereReranker("key", "http://localhost:port", DEADLINE).rerank(QUERY, TEXTS, 4)
+        await cohere.CohereReranker(lost).rerank(QUERY, TEXTS, 4)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "allow_unauthenticated": ("true", True, "2"),
     "workers": ("3", 3, "0"),
     "api_prefix": ("/api/v2", "/api/v2", "v1/"),
-    "embedder": ("none", "none", "openai"),
+    "embedder": ("none", "none", "other"),
     "chunk_size": ("500", 500, "49"),
     "chunk_overlap": ("100", 100, "-1"),
     "cohere_api_key": ("a-secret", "a-secret", None),
@@ -89,7 +89,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_variable(name: str) -> None
 def test_defaults() -> None:
     settings = Settings.from_env({})
     assert (settings.host, settings.port, settings.api_prefix) == ("127.0.0.1", 8432, "/v1")
-    assert (settings.database_url, settings.embedder, settings.postgres_version) == (None, "local", 18)
+    assert (settings.database_url, settings.default_embedder, settings.postgres_version) == (None, "local", 18)
     assert settings.workers >= 1 and not settings.allow_unauthenticated
 
 

@@ -38,6 +38,8 @@ class Fake:
     """An embedder that counts what it is asked and fails as it is told."""
 
     provider, model = "local", "fake"
+    options: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    batch, remote = 10_000, False
 
     def __init__(self, dimension: int = DIMENSION) -> None:
         self.dimension = dimension
@@ -68,7 +70,7 @@ class Fake:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Stands in for the local embedder of every library."""
     made = Fake()
-    monkeypatch.setattr(embedding, "embedder_for", lambda provider, model, dimension: made)
+    monkeypatch.setattr(embedding, "embedder_for", lambda *_: made)
     return made
 
 

@@ -28,11 +28,11 @@ from pgshelf import (
     logs,
     metrics,
     openapi,
+    providers,
     search,
     worker,
 )
 from pgshelf.embedders import embedder_for
-from pgshelf.rerankers import cohere
 from pgshelf.settings import Settings
 
 PARENT = "_PGSHELF_PARENT"  # set by `pgshelf serve` to its process id
@@ -61,11 +61,11 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        if settings.embedder != "none":  # load the model before the first request needs it
-            await embedder_for(settings.embedder).embed(["pgshelf"], "query")
+        if settings.default_embedder == "local":  # load the model before the first request needs it
+            await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
         async with worker.running(engine, settings):
             yield
-        await cohere.close()
+        await providers.close()
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]

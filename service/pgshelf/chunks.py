@@ -148,7 +148,7 @@ async def update_chunk(
     if data.text is not None:
         limits.required_text(data.text, settings.max_chunk_length, "text")
         if vector is None and wait and config.embedder["provider"] != "none":
-            vector = (await embed(config.embedder, [data.text], "document", ["text"]))[0]
+            vector = (await embed(engine, settings, config.embedder, [data.text], "document", ["text"]))[0]
 
     async def change(connection: AsyncConnection) -> Chunk:
         rows = await database.rows(

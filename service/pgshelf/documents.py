@@ -404,7 +404,7 @@ async def _write(
     if wait and found.chunks.pending:
         # the write is done, so a failure here is no error of it: 202, and the worker goes on
         with contextlib.suppress(Problem, psycopg.Error):
-            found.chunks.pending -= await embed_pending(engine, prepared.library, found.id)
+            found.chunks.pending -= await embed_pending(engine, settings, prepared.library, found.id)
             found.status = "pending" if found.chunks.pending else "ready"
     status = 202 if found.chunks.pending else 201 if created else 200
     return _answer(found, status, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")

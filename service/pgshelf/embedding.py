@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
+import numpy as np
 from pgvector import Vector
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
-from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, Kind, TextRefused, embedder_for
+from pgshelf.embedders import (
+    Embedder,
+    EmbedderError,
+    EmbedderTimeout,
+    EmbedderUnavailable,
+    Kind,
+    ModelUnknown,
+    TextRefused,
+    TextsRefused,
+    embedder_for,
+)
 from pgshelf.errors import Problem
+from pgshelf.settings import Settings
 from pgshelf.timing import stage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Vectors = dict[str, "NDArray[np.float32]"]
+
+CALLS_AT_ONCE = 4  # of one request, or of one batch of the worker
+HARMLESS = "text"  # refused only by a provider that refuses everything
 
 
 class LibraryConfig(msgspec.Struct, frozen=True):
@@ -31,31 +52,99 @@ async def library_config(engine: AsyncEngine, library: str) -> LibraryConfig:
     return LibraryConfig(*rows[0])
 
 
-def embedder_of(choice: dict[str, Any]) -> Embedder:
+def embedder_of(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
     """The embedder that a library names; a problem when this server cannot provide it."""
     if choice["provider"] == "none":
         detail = "The library has no embedder (provider none): send vectors with the chunks and with the searches."
         raise Problem("no_embedder", detail)
     try:
-        return embedder_for(choice["provider"], choice.get("model"), choice["dimension"])
+        return embedder_for(settings, choice)
     except ValueError as error:
-        raise Problem("embedder_not_configured", str(error)) from None
+        raise Problem("embedder_not_configured", f"{str(error)[0].upper()}{str(error)[1:]}.") from None
 
 
-async def embed(choice: dict[str, Any], texts: Sequence[str], kind: Kind, paths: Sequence[str]) -> list[Vector]:
+async def embed(
+    engine: AsyncEngine,
+    settings: Settings,
+    choice: Mapping[str, Any],
+    texts: Sequence[str],
+    kind: Kind,
+    paths: Sequence[str],
+) -> list[Vector]:
     """Embed texts for a client; `paths` name each text in the request, for the problem that one may be."""
+    embedder = embedder_of(settings, choice)
     try:
-        with stage("embed"):
-            return [Vector(row) for row in await embedder_of(choice).embed(texts, kind)]
-    except TextRefused as error:
-        path = paths[error.index]
-        raise Problem(
-            "text_not_embeddable", f"{path}: {error}", errors=[{"path": path, "message": str(error)}]
-        ) from error
-    except EmbedderUnavailable as error:
-        raise Problem("embedder_unavailable", str(error), retry_after=error.retry_after) from error
+        return [Vector(row) for row in await vectors_of(engine, settings, embedder, texts, kind)]
     except EmbedderError as error:
-        raise Problem("embedder_failed", str(error)) from error
+        raise problem_of(error, paths) from error
+
+
+def problem_of(error: EmbedderError, paths: Sequence[str] = ()) -> Problem:
+    """What a client is told when there are no vectors."""
+    if isinstance(error, TextRefused):
+        path = paths[error.index]
+        errors = [{"path": path, "message": str(error)}]
+        return Problem("text_not_embeddable", f"{path}: {error}", errors=errors)
+    if isinstance(error, EmbedderTimeout):
+        return Problem("embedder_timeout", f"{error}.", retry_after=error.retry_after)
+    if isinstance(error, EmbedderUnavailable):
+        return Problem("embedder_unavailable", f"{error}.", retry_after=error.retry_after)
+    return Problem("embedder_not_configured" if isinstance(error, ModelUnknown) else "embedder_failed", f"{error}.")
+
+
+async def vectors_of(
+    engine: AsyncEngine, settings: Settings, embedder: Embedder, texts: Sequence[str], kind: Kind
+) -> NDArray[np.float32]:
+    """The vectors of texts, one row each; equal texts are asked for once. Raises EmbedderError.
+
+    What other batches gave is kept where one fails: nothing that was answered is lost, or asked for again.
+    """
+    made: Vectors = {}
+    missing = list(dict.fromkeys(texts))
+    batches = iter([missing[at : at + embedder.batch] for at in range(0, len(missing), embedder.batch)])
+    failures: list[EmbedderError] = []
+
+    async def some() -> None:
+        for batch in batches:
+            try:
+                await _fill(made, embedder, batch, kind)
+            except TextRefused as error:
+                failures.append(TextRefused(str(error), texts.index(batch[error.index])))
+            except EmbedderError as error:
+                failures.append(error)
+            if failures:
+                return
+
+    with stage("embed"):
+        await asyncio.gather(*[some() for _ in range(min(CALLS_AT_ONCE, len(missing)))])
+    if failures:
+        raise failures[0]
+    return np.stack([made[text] for text in texts])
+
+
+async def _fill(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind) -> None:
+    """Ask for texts; where the provider refuses them without saying which, find the one that TextRefused is about."""
+    try:
+        await _ask(made, embedder, texts, kind)
+    except TextsRefused:
+        await _ask({}, embedder, [HARMLESS], kind)  # else it is not for the texts
+        await _halve(made, embedder, texts, kind, 0)
+
+
+async def _halve(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind, offset: int) -> None:
+    middle = len(texts) // 2
+    for part, start in ((texts[:middle], offset), (texts[middle:], offset + middle)):
+        try:
+            await _ask(made, embedder, part, kind)
+        except TextsRefused as error:
+            if len(part) == 1:
+                raise TextRefused(str(error), start) from error
+            await _halve(made, embedder, part, kind, start)
+
+
+async def _ask(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind) -> None:
+    """The one place where a provider is called."""
+    made.update(zip(texts, await embedder.embed(texts, kind), strict=True))
 
 
 def text_hash(text: str) -> str:

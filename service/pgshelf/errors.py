@@ -50,6 +50,7 @@ CODES: dict[str, tuple[int, str]] = {
     "storage_full": (503, "The database has no space left"),
     "not_migrated": (503, "The database schema is missing or outdated"),
     "not_ready": (503, "The service is not ready"),
+    "embedder_timeout": (504, "The embedding provider took too long"),
     "reranker_timeout": (504, "The reranking provider took too long"),
     "timeout": (504, "The request took too long"),
 }

@@ -76,7 +76,7 @@ async def prepare(
     texts, vectors, metadata, paths = await _passages(data, config, settings)
     about = limits.metadata(data.metadata, settings)
     if wait and config.embedder["provider"] != "none":
-        await _embed_new(engine, config, document_id, data.key, texts, vectors, paths)
+        await _embed_new(engine, settings, config, document_id, data.key, texts, vectors, paths)
     given = vectors if any(vector is not None for vector in vectors) else None
     return Prepared(config, (config.id, document_id, data.key, data.title, data.source, about, texts, given, metadata))
 
@@ -127,6 +127,7 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
 
 async def _embed_new(
     engine: AsyncEngine,
+    settings: Settings,
     config: LibraryConfig,
     document_id: UUID | None,
     key: str | None,
@@ -141,16 +142,17 @@ async def _embed_new(
         known = {text for (text,) in rows}
     missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
     if missing:
-        made = await embed(config.embedder, [texts[i] for i in missing], "document", [paths[i] for i in missing])
+        new, places = [texts[i] for i in missing], [paths[i] for i in missing]
+        made = await embed(engine, settings, config.embedder, new, "document", places)
         for index, vector in zip(missing, made, strict=True):
             vectors[index] = vector
 
 
-async def embed_pending(engine: AsyncEngine, config: LibraryConfig, document_id: UUID) -> int:
+async def embed_pending(engine: AsyncEngine, settings: Settings, config: LibraryConfig, document_id: UUID) -> int:
     """Embed chunks that lost their vectors to another writer since `prepare` looked; returns how many were stored."""
     rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
     if not rows:
         return 0
     ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-    made = await embed(config.embedder, texts, "document", ["text"] * len(texts))
+    made = await embed(engine, settings, config.embedder, texts, "document", ["text"] * len(texts))
     return await store(engine, config.id, ids, texts, made)

@@ -16,7 +16,8 @@ from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
-from pgshelf.embedders import PROVIDERS, embedder_for
+from pgshelf.embedders import PROVIDERS, described
+from pgshelf.embedding import embedder_of
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -53,7 +54,8 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     provider: Annotated[
         Annotated[str, Meta(max_length=64, examples=["local"])],
         Meta(
-            description="`local` computes in the server, `none` leaves it to the client; others are answered with 422."
+            description="`local` computes in the server, `cohere` is asked over the network, `none` leaves it to the "
+            "client; what the server has no key for is answered with 422."
         ),
     ]
     model: Annotated[
@@ -62,8 +64,22 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     ] = None
     dimension: Annotated[
         Dimension | None,
-        Meta(description="Numbers per vector. `local` has a default; with `none` it is required, here or outside."),
+        Meta(description="Numbers per vector; the model's own if absent. With `none` it is required, here or outside."),
     ] = None
+    embedding_type: Annotated[
+        Literal["float", "binary"] | UnsetType,
+        Meta(
+            description="Of `cohere`: `binary` fetches the vectors of documents as bits, a 32nd of the traffic, and "
+            "stores plus and minus one; made for an index of storage `bit`. `float` if absent."
+        ),
+    ] = UNSET
+    truncate: Annotated[
+        Literal["end", "start", "none"] | UnsetType,
+        Meta(
+            description="Of `cohere`: what is left out of a text that is too long for the model; with `none` such a "
+            "text is refused. `end` if absent."
+        ),
+    ] = UNSET
 
 
 class ChunkingChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -87,7 +103,10 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     name: Name
     description: Annotated[Description | None, Meta(description="A note for people.")] = None
     embedder: Annotated[
-        EmbedderChoice | None, Meta(description="Who makes the vectors; PGSHELF_EMBEDDER (local) if absent.")
+        EmbedderChoice | None,
+        Meta(
+            description="Who makes the vectors; PGSHELF_EMBEDDER if absent, by default `cohere` with a key, else `local`."
+        ),
     ] = None
     dimension: Annotated[
         Dimension | None,
@@ -137,6 +156,8 @@ class EmbedderUsed(msgspec.Struct):
     provider: Annotated[Provider, Meta(description="`none`: the client brings the vectors.")]
     dimension: Annotated[int, Meta(description="Numbers per vector.")]
     model: Annotated[str | None, Meta(description="The model; with `none` what the client noted, or null.")] = None
+    embedding_type: Annotated[str | UnsetType, Meta(description="Absent if `float`.")] = UNSET
+    truncate: Annotated[str | UnsetType, Meta(description="Absent if `end`.")] = UNSET
 
 
 class Chunking(msgspec.Struct):
@@ -203,14 +224,15 @@ LIBRARY_PROBLEMS = problems(404)
 )
 async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
-    provider, model, dimension = _embedder(data, settings)
+    embedder = _embedder(data, settings)
+    dimension = embedder["dimension"]
     size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
     values = {
         "name": _name(data.name),
         "description": data.description,
         "dimension": dimension,
         "metric": data.metric,
-        "embedder": {"provider": provider, "model": model, "dimension": dimension},
+        "embedder": embedder,
         "chunking": {"size": size, "overlap": overlap},
         "language": data.language,
         "metadata": limits.metadata(data.metadata, settings).obj,
@@ -336,8 +358,8 @@ async def library_stats(library: LibraryName, engine: Engine) -> Stats:
     return Stats(documents, chunks, pending, failed, size, shelf, IndexState(*index))
 
 
-def _embedder(data: CreateLibrary, settings: Settings) -> tuple[str, str | None, int]:
-    choice = data.embedder or EmbedderChoice(settings.embedder)
+def _embedder(data: CreateLibrary, settings: Settings) -> dict[str, Any]:
+    choice = data.embedder or EmbedderChoice(settings.default_embedder)
     if choice.dimension and data.dimension and choice.dimension != data.dimension:
         raise invalid("dimension", f"is {data.dimension}, but embedder.dimension is {choice.dimension}")
     dimension = choice.dimension or data.dimension
@@ -348,12 +370,8 @@ def _embedder(data: CreateLibrary, settings: Settings) -> tuple[str, str | None,
     if choice.provider == "none":
         if dimension is None:
             raise invalid("dimension", "is required where the client brings the vectors (embedder none)")
-        return "none", choice.model, dimension
-    try:
-        embedder = embedder_for(choice.provider, choice.model, dimension)
-    except ValueError as error:
-        raise Problem("embedder_not_configured", str(error)) from None
-    return embedder.provider, embedder.model, embedder.dimension
+        return {"provider": "none", "model": choice.model, "dimension": dimension}
+    return described(embedder_of(settings, {**msgspec.to_builtins(choice), "dimension": dimension}))
 
 
 def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[int, int]:

@@ -335,7 +335,7 @@ async def ask(engine: AsyncEngine, settings: Settings, library: str, data: Searc
         config = await library_config(engine, library)
         if data.mode is None and config.embedder["provider"] == "none":
             return Question("text", None, data.query, parameter)
-        vector = (await embed(config.embedder, [data.query or ""], "query", ["query"]))[0]
+        vector = (await embed(engine, settings, config.embedder, [data.query or ""], "query", ["query"]))[0]
     return Question(mode, vector, data.query, parameter)
 
 

@@ -41,7 +41,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     workers: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default_factory=lambda: os.cpu_count() or 1)
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
 
-    embedder: Annotated[str, Meta(pattern="^(local|none)$")] = "local"
+    embedder: Annotated[str, Meta(pattern="^(local|cohere|none)$")] | None = None
     chunk_size: Annotated[int, Meta(ge=50, le=20_000)] = 1200
     chunk_overlap: Annotated[int, Meta(ge=0, le=10_000)] = 0
 
@@ -93,6 +93,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             urlsplit(self.cohere_base_url).port  # noqa: B018 - reading it is what checks it
         except ValueError:
             raise ValueError("cohere_base_url must be an address such as https://api.cohere.com") from None
+
+    @property
+    def default_embedder(self) -> str:
+        """The provider of libraries that name none."""
+        return self.embedder or ("local" if self.cohere_api_key is None else "cohere")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], **overrides: Any) -> Settings:

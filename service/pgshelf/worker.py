@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, shelves
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
-from pgshelf.embedding import embedder_of, store, text_hash
+from pgshelf.embedding import embedder_of, store, text_hash, vectors_of
 from pgshelf.errors import Problem, problem_of
 from pgshelf.settings import Settings
 
@@ -37,7 +37,7 @@ async def embed_pending(engine: AsyncEngine, settings: Settings) -> int:
         return 0
     library, choice = claimed[0][0], claimed[0][1]
     try:
-        embedder = embedder_of(choice)
+        embedder = embedder_of(settings, choice)
     except Problem as error:  # the library asks for an embedder that this server has not
         await _fail(engine, settings, library, claimed, error.detail)
     else:
@@ -52,7 +52,7 @@ async def _embed(
     while rest:
         texts = [row[3] for row in rest]
         try:
-            vectors = await embedder.embed(texts, "document")
+            vectors = await vectors_of(engine, settings, embedder, texts, "document")
             await store(engine, library, [row[2] for row in rest], texts, vectors)
             return
         except TextRefused as error:  # one text spoils no other

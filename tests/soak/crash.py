@@ -29,7 +29,7 @@ import psutil
 import psycopg
 
 from pgshelf import embedded
-from pgshelf.embedders import embedder_for
+from pgshelf.embedders.local import LocalEmbedder
 
 KINDS = ("worker", "parent", "backend", "postmaster", "everything")
 WRITERS = 6
@@ -302,7 +302,7 @@ class Ingestion:
     async def _vectors(self, connection: psycopg.Connection[Any]) -> None:
         rows = connection.execute("select text, embedding::text from pgshelf.chunks").fetchall()
         sample = self.rng.sample(rows, min(SAMPLE, len(rows)))
-        expected = await embedder_for("local").embed([text for text, _ in sample], "document")
+        expected = await LocalEmbedder().embed([text for text, _ in sample], "document")
         stored = [np.fromstring(vector.strip("[]"), sep=",") for _, vector in sample]
         np.testing.assert_allclose(np.array(stored), expected, atol=1e-6)
 

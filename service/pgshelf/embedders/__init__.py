@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pgshelf.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["document", "query"]
 
-PROVIDERS = ("local", "none")
+PROVIDERS = ("local", "cohere", "none")
 
 
 class EmbedderError(Exception):
@@ -31,12 +32,24 @@ class TextRefused(EmbedderFailed):
         self.index = index
 
 
+class TextsRefused(EmbedderFailed):
+    """The provider refuses a batch for what is in it, and does not say which text it was."""
+
+
+class ModelUnknown(EmbedderFailed):
+    """The provider has no such model."""
+
+
 class EmbedderUnavailable(EmbedderError):
     """The provider cannot answer now; ask again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class EmbedderTimeout(EmbedderUnavailable):
+    """The provider did not answer in time."""
 
 
 class Embedder(Protocol):
@@ -48,25 +61,84 @@ class Embedder(Protocol):
     def model(self) -> str: ...
     @property
     def dimension(self) -> int: ...
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What else the library chose, where it is not the default."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """How many texts it takes at a time; `pgshelf.embedding` splits what is more."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether asking costs more than looking into the cache."""
+        ...
 
     async def embed(self, texts: Sequence[str], kind: Kind) -> NDArray[np.float32]:
         """Embed texts into a float32 array of shape (n, dimension): finite rows of length 1.
 
-        Raises TextRefused for a text without a vector, EmbedderFailed and EmbedderUnavailable for the provider.
+        Raises TextRefused for a text without a vector, TextsRefused for a batch with such a text, EmbedderFailed,
+        EmbedderUnavailable and EmbedderTimeout for the provider.
         """
         ...
 
 
-@functools.cache
-def embedder_for(provider: str, model: str | None = None, dimension: int | None = None) -> Embedder:
-    """The embedder that a library asks for, the same object each time; None means the provider's default.
+def embedder_for(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
+    """The embedder of a choice, {"provider", "model", "dimension", ...}; what is absent is the provider's default.
 
-    Raises ValueError naming the allowed values. Provider `none` has no embedder: its libraries bring vectors.
+    Raises ValueError saying what is missing where the provider cannot be used. Provider `none` has no embedder: its
+    libraries bring vectors.
     """
+    provider, model, dimension = choice["provider"], choice.get("model"), choice.get("dimension")
     if provider == "none":
         raise ValueError('provider "none" has no embedder: send vectors with the chunks and with the searches')
-    if provider != "local":
-        raise ValueError(f"embedder provider must be one of {', '.join(PROVIDERS)}, not {provider[:80]!r}")
-    from pgshelf.embedders.local import LocalEmbedder
+    if provider == "local":
+        from pgshelf.embedders.local import LocalEmbedder
 
-    return LocalEmbedder(model, dimension)
+        return LocalEmbedder(model, dimension)
+    if provider == "cohere":
+        from pgshelf.embedders.cohere import CohereEmbedder
+
+        return CohereEmbedder(settings, model, dimension, choice.get("embedding_type"), choice.get("truncate"))
+    raise ValueError(f"embedder provider must be one of {', '.join(PROVIDERS)}, not {provider[:80]!r}")
+
+
+def described(embedder: Embedder) -> dict[str, Any]:
+    """What a library keeps of its embedder, and `embedder_for` takes."""
+    return {
+        "provider": embedder.provider,
+        "model": embedder.model,
+        "dimension": embedder.dimension,
+        **embedder.options,
+    }
+
+
+def matrix(provider: str, found: Any, count: int, width: int) -> NDArray[np.float64]:
+    """What a provider answered, if it is an answer to what was asked: `count` lists of `width` numbers."""
+    import numpy as np
+
+    if not isinstance(found, list) or len(found) != count:
+        raise EmbedderFailed(f"{provider}'s answer does not fit the texts: there is not one vector for each")
+    if not all(isinstance(row, list) and all(type(number) in (int, float) for number in row) for row in found):
+        raise EmbedderFailed(f"{provider}'s answer holds vectors that are not made of numbers")
+    for row in found:
+        if len(row) != width:
+            raise EmbedderFailed(f"{provider}'s answer holds vectors of dimension {len(row)}, not {width}")
+    try:
+        return np.array(found, dtype=np.float64).reshape(count, width)
+    except OverflowError:  # an integer of hundreds of digits
+        raise EmbedderFailed(f"{provider}'s answer holds numbers out of range") from None
+
+
+def unit(provider: str, vectors: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Rows made unit length; EmbedderFailed for one that has no direction."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise EmbedderFailed(f"{provider}'s answer holds vectors that are zero or not finite")
+    rows: NDArray[np.float32] = (vectors / lengths).astype(np.float32)
+    return rows

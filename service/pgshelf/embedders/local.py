@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.util
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +48,9 @@ class LocalEmbedder:
     """WordLlama l2_supercat in 256, 128 or 64 dimensions; the model is loaded at first use, once per process."""
 
     provider = "local"
+    options: Mapping[str, Any] = MappingProxyType({})
+    batch = sys.maxsize
+    remote = False
 
     def __init__(self, model: str | None = None, dimension: int | None = None) -> None:
         if model not in (None, MODEL):

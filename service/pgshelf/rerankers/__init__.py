@@ -62,4 +62,4 @@ def reranker_for(settings: Settings, provider: str, model: str | None = None) ->
         raise ValueError("reranking through Cohere needs PGSHELF_COHERE_API_KEY on the server")
     from pgshelf.rerankers.cohere import CohereReranker
 
-    return CohereReranker(settings.cohere_api_key, settings.cohere_base_url, settings.cohere_timeout, model)
+    return CohereReranker(settings, model)
