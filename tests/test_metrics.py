@@ -95,7 +95,8 @@ def test_all_processes_are_added_up_and_dead_ones_forgotten(
 def workers(server: LiveServer) -> list[psutil.Process]:
     """The processes that serve: those whose children they are not helpers of multiprocessing."""
     parent = psutil.Process(server.process.pid)
-    return [child for child in parent.children() if "resource_tracker" not in " ".join(child.cmdline())]
+    living = [child for child in parent.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 def test_lines_are_json_and_carry_the_request(database_url: str, make_live_server: MakeLiveServer) -> None:
