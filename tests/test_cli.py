@@ -264,7 +264,8 @@ def test_search_takes_the_options_of_a_search(run: Run, live_server: Any) -> Non
 def test_search_finds_what_is_like_a_chunk_or_a_document(run: Run, live_server: Any) -> None:
     with Client(live_server.url) as client:
         client.create_library("notes", embedder={"provider": "none"}, dimension=2)
-        for key, vector in [("a", [1, 0]), ("b", [1, 0.1]), ("c", [0, 1]), ("d", [0.1, 1])]:
+        vectors: dict[str, list[float]] = {"a": [1, 0], "b": [1, 0.1], "c": [0, 1], "d": [0.1, 1]}
+        for key, vector in vectors.items():
             client.put_document("notes", key, chunks=[{"text": key, "embedding": vector}], metadata={"kind": key * 2})
         document = client.get_document("notes", "c").id
         [chunk] = client.chunks("notes", "c")

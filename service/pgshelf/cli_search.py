@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def search(
     settings: Callable[[], Settings],
+    /,
     library: str,
     query: str | None,
     like: str | None,
@@ -143,6 +144,7 @@ def _told(explanation: Explanation) -> str:
 @click.pass_obj
 def index(
     settings: Callable[[], Settings],
+    /,
     library: str,
     kind: str | None,
     storage: str | None,
