@@ -251,9 +251,48 @@ def test_search_takes_the_options_of_a_search(run: Run, live_server: Any) -> Non
     told = search("--mode", "vector", "--explain").stdout
     assert "\nhow: exact, recall 1.00 against exact search; 0 rows were looked at and did not match\nwith " in told
     assert "\nhow: words; " in search(*words, "--explain").stdout
-    *hits, explanation = map(json.loads, search(*words, "--explain", "--json").stdout.splitlines())
+    counted = ("--facets", "year, lang")
+    assert search(*words, *counted).stdout.splitlines()[-2:] == ["year: 2020 1, 2024 1", "lang: no values"]
+    *hits, facets, explanation = map(
+        json.loads, search(*words, *counted, "--explain", "--json", "--exact").stdout.splitlines()
+    )
     assert len(hits) == 3 and "<mark>ice</mark>" in hits[0]["highlight"]
+    assert facets["facets"]["year"][0] == {"value": 2020, "documents": 1}
     assert explanation["explain"]["strategy"] == "words"
+
+
+def test_search_finds_what_is_like_a_chunk_or_a_document(run: Run, live_server: Any) -> None:
+    with Client(live_server.url) as client:
+        client.create_library("notes", embedder={"provider": "none"}, dimension=2)
+        vectors: dict[str, list[float]] = {"a": [1, 0], "b": [1, 0.1], "c": [0, 1], "d": [0.1, 1]}
+        for key, vector in vectors.items():
+            client.put_document("notes", key, chunks=[{"text": key, "embedding": vector}], metadata={"kind": key * 2})
+        document = client.get_document("notes", "c").id
+        [chunk] = client.chunks("notes", "c")
+
+    def nearest(*arguments: str) -> str:
+        result = run("search", "notes", *arguments, "-k", "1", "--url", live_server.url)
+        assert result.exit_code == 0, result.output
+        return result.stdout.split()[1]
+
+    assert nearest("--like", "a") == "b"
+    assert nearest("--like", document) == nearest("--like", chunk.id, "--exact") == "d"
+    assert nearest("b", "--like", "c", "--mode", "vector") == "d"
+    facets = run("search", "notes", "--like", "a", "--facets", "kind", "--url", live_server.url).stdout
+    assert facets.splitlines()[-1] == "kind: bb 1, cc 1, dd 1"
+
+    for unknown in ("nobody", "00000000-0000-0000-0000-000000000000"):
+        result = run("search", "notes", "--like", unknown, "--url", live_server.url)
+        assert (result.exit_code, "404 document_not_found" in result.stderr) == (1, True)
+    result = run("search", "elsewhere", "--like", document, "--url", live_server.url)
+    assert (result.exit_code, "404 library_not_found" in result.stderr) == (1, True)
+
+
+def test_search_needs_something_to_look_for(run: Run) -> None:
+    result = run("search", "notes")
+    assert (result.exit_code, "Say what to look for" in result.stderr) == (2, True)
+    result = run("search", "notes", "x", "--facets", "year,")
+    assert (result.exit_code, "needs names with commas" in result.stderr) == (2, True)
 
 
 def test_search_reranks(run: Run, database_url: str, make_live_server: Any, cohere_server: CohereServer) -> None:

@@ -1,7 +1,7 @@
 """The client for asyncio, written by hand; `_sync.py` is generated from this file."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -10,20 +10,28 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from . import _base as base
-from ._base import changed, given, json_object, listed, numbers, patched_object
+from ._base import changed, given, json_object, listed, packed, patched_object
+from ._import import Batch, Cutter, Tally
+from ._lanes import AsyncLanes, AsyncSource, async_each
 from ._retry import Attempts, Retries
+from .errors import ConnectionFailed
 from .types import (
     BatchResult,
     Chunk,
     Document,
+    ExportedDocument,
     FacetsResult,
     Health,
+    ImportFailure,
+    ImportProgress,
+    ImportResult,
     Index,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
+    NewDocument,
     Readiness,
     Search,
     SearchResult,
@@ -329,6 +337,88 @@ class AsyncClient:
         path = ("libraries", library, "documents", "delete")
         return (await self._fetch(self._routes.call("POST", *path, body=body, reads=dry_run), base.AFFECTED)).affected
 
+    # Import and export
+
+    async def import_documents(
+        self,
+        library: Name,
+        documents: AsyncSource[NewDocument | ExportedDocument | bytes],
+        *,
+        batch_size: int = 500,
+        parallel: int = 2,
+        name: str | None = None,
+        wait: bool | None = None,
+        progress: Callable[[ImportProgress], object] | None = None,
+        on_failure: Callable[[ImportFailure], object] | None = None,
+    ) -> ImportResult:
+        """Store any number of documents, drawn from any iterable; bytes are a document as a line of JSON.
+
+        They go in requests of `batch_size` documents (or some megabytes), of which `parallel` are on their way at a
+        time; no more than one batch is held beyond these. A document that is refused spoils no other: it is among
+        `failed`, or given to `on_failure`. `progress` is called after each answer. Of two documents with one key the
+        later is written last; with `parallel=1` all are created in the order given.
+
+        A request is repeated safely. An import that ended early is gone on with when it is called again with the same
+        `name`, `batch_size` and documents in the same order: what is committed is skipped, also documents without a
+        key. Take another name for another import. `wait=True` embeds before a batch is committed, False leaves it to
+        the worker.
+        """
+        tally = Tally(progress, on_failure)
+        cutter = Cutter(batch_size, name, tally.refuse)
+
+        async def send(batch: Batch) -> bytes:
+            lines = batch.body()
+            path, key = ("libraries", library, "import"), cutter.key(batch, lines)
+            call = self._routes.call("POST", *path, params={"wait": wait}, lines=lines, key=key)
+            return (await self._answer(call)).content
+
+        async with AsyncLanes(parallel, send, tally.take) as lanes:
+            async for document in async_each(documents):
+                batch = cutter.add(document)
+                if batch is not None:
+                    await lanes.put(batch)
+            batch = cutter.rest()
+            if batch is not None:
+                await lanes.put(batch)
+        return tally.result()
+
+    async def export_documents(
+        self, library: Name, *, filter: Mapping[str, Any] | None = None, embeddings: bool = True
+    ) -> AsyncIterator[ExportedDocument]:
+        """All documents of one moment, or those that match, oldest first; `import_documents` takes them.
+
+        They come as they arrive; what breaks off in the middle raises `ConnectionFailed`. Without `embeddings` the
+        vectors are left out.
+        """
+        async for line in self.export_lines(library, filter=filter, embeddings=embeddings):
+            yield base.exported(line)
+
+    async def export_lines(
+        self, library: Name, *, filter: Mapping[str, Any] | None = None, embeddings: bool = True
+    ) -> AsyncIterator[bytes]:
+        """What `export_documents` gives, each document as a line of JSON, without its newline, as files hold it."""
+        params = base.export_params(filter, embeddings)
+        attempts = Attempts(self._routes.call("GET", "libraries", library, "export", params=params), self._retries)
+        call, lines, begun = attempts.call, base.Lines(), False
+        while True:
+            try:
+                async with self._http.stream(
+                    call.method, call.url, params=call.params, headers=call.headers
+                ) as response:
+                    if response.is_success:
+                        async for data in response.aiter_bytes():
+                            begun = True
+                            for line in lines.feed(data):
+                                yield line
+                        return
+                    await response.aread()
+                    delay = attempts.after_answer(response) or 0.0
+            except httpx2.RequestError as error:
+                if begun:  # another snapshot would begin anew
+                    raise ConnectionFailed(attempts.describe(error)) from error
+                delay = attempts.after_failure(error)
+            await asyncio.sleep(delay)
+
     # Chunks
 
     def chunks(
@@ -360,7 +450,7 @@ class AsyncClient:
         wait: bool | None = None,
     ) -> Chunk:
         """Change a chunk in place; a new text without an embedding is embedded by the library's embedder."""
-        vector = UNSET if embedding is UNSET else numbers(embedding)
+        vector = UNSET if embedding is UNSET else packed(embedding)
         body = changed(text=text, embedding=vector, metadata=patched_object(metadata))
         path = ("libraries", library, "chunks", chunk)
         return await self._fetch(self._routes.call("PATCH", *path, params={"wait": wait}, body=body), base.CHUNK)

@@ -1,7 +1,9 @@
 """What both clients share and what never waits: addresses, bodies, decoding."""
 
+import array
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from .types import (
     BatchResult,
     Chunk,
     Document,
+    ExportedDocument,
     FacetsResult,
     Health,
     Index,
@@ -54,6 +57,7 @@ DOCUMENT = msgspec.json.Decoder(Document)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
 INDEX = msgspec.json.Decoder(Index)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
+EXPORTED = msgspec.json.Decoder(ExportedDocument)
 HEALTH = msgspec.json.Decoder(Health)
 LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
@@ -127,29 +131,52 @@ class Routes:
         *path: Name,
         params: Params | None = None,
         body: Mapping[str, Any] | None = None,
+        lines: bytes | None = None,
+        key: str | None = None,
         if_match: int | None = None,
         reads: bool = False,
         repeatable: bool | None = None,
         gone_code: str | None = None,
     ) -> Call:
-        """A request under the API's prefix. What is PUT, PATCHed or DELETEd is repeatable unless `if_match` is given.
+        """A request under the API's prefix, with a JSON `body` or with `lines` of it (NDJSON).
 
-        With `if_match` it is not: had the first attempt succeeded unseen, the second would fail on the new version.
+        What is PUT, PATCHed or DELETEd is repeatable unless `if_match` is given. With that it is not: had the first
+        attempt succeeded unseen, the second would fail on the new version. What has an idempotency `key` always is.
         """
         reads = reads or method == "GET"
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        if body is not None or lines is not None:
+            headers["Content-Type"] = "application/json" if lines is None else "application/x-ndjson"
         return Call(
             method=method,
             url="/".join([self.api, *map(segment, path)]),
             params={name: value for name, value in (params or {}).items() if value is not None},
             headers=headers,
-            body=None if body is None else msgspec.json.encode(body),
+            body=lines if body is None else msgspec.json.encode(body),
             reads=reads,
-            repeatable=reads or (method != "POST" and if_match is None if repeatable is None else repeatable),
+            repeatable=reads
+            or key is not None
+            or (method != "POST" and if_match is None if repeatable is None else repeatable),
             gone_code=gone_code,
         )
+
+
+class Lines:
+    """Cuts an answer in lines as it arrives; newlines alone end one, for JSON may hold other separators as they are."""
+
+    def __init__(self) -> None:
+        self.begun: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that end in what has arrived."""
+        *ended, rest = data.split(b"\n")
+        if ended:
+            ended[0] = b"".join([*self.begun, ended[0]])
+            self.begun = []
+        self.begun.append(rest)
+        return ended
 
 
 def segment(name: Name) -> str:
@@ -197,7 +224,7 @@ def new_document(
 
 def new_chunk(chunk: NewChunk) -> dict[str, Any]:
     fields: dict[str, Any] = {**chunk}
-    converted = {"embedding": numbers(fields.get("embedding")), "metadata": json_object(fields.get("metadata"))}
+    converted = {"embedding": packed(fields.get("embedding")), "metadata": json_object(fields.get("metadata"))}
     return given(**{**fields, **converted})
 
 
@@ -229,6 +256,30 @@ def numbers(vector: Vector | None) -> list[float] | None:
     return values
 
 
+def packed(vector: Vector | None) -> bytes | None:
+    """A vector as little-endian float32 bytes, in JSON their base64: a quarter of the size, 7 times as fast to read."""
+    if vector is None:
+        return None
+    single = singles(vector)
+    if not math.isfinite(
+        sum(single)
+    ):  # a sum is finite only if all numbers are: in double precision it cannot overflow
+        given = numbers(vector) or []  # names the number that is not finite
+        place = next(place for place, value in enumerate(single) if not math.isfinite(value))
+        raise ValueError(f"vector[{place}] is {given[place]}, beyond single precision")
+    if sys.byteorder == "big":
+        single.byteswap()
+    return single.tobytes()
+
+
+def singles(vector: Vector) -> "array.array[float]":
+    """A vector in single precision, without a Python number for each where it is an array already."""
+    kind: Any = getattr(vector, "dtype", None)
+    if getattr(vector, "ndim", 1) == 1 and getattr(kind, "kind", "") == "f" and kind.itemsize <= 4:
+        return array.array("f", vector.astype("=f4").tobytes())  # type: ignore[union-attr]  # numpy's
+    return array.array("f", numbers(vector) or [])
+
+
 def json_object(metadata: Metadata | None) -> msgspec.Raw | None:
     """Metadata as JSON, refusing NaN: as null it would delete the field in a PATCH."""
     if metadata is None:
@@ -243,6 +294,19 @@ def patched_object(metadata: Metadata | UnsetType) -> msgspec.Raw | UnsetType | 
 
 def listed(names: Sequence[str] | None) -> list[str] | None:
     return [names] if isinstance(names, str) else None if names is None else list(names)
+
+
+def export_params(filter: Mapping[str, Any] | None, embeddings: bool) -> Params:
+    condition = json_object(filter)
+    return {"filter": None if condition is None else bytes(condition).decode(), "embeddings": embeddings}
+
+
+def exported(line: bytes) -> ExportedDocument:
+    """A document of an export."""
+    try:
+        return EXPORTED.decode(line)
+    except msgspec.MsgspecError as error:
+        raise UnexpectedAnswer(f"a line of the export is not in the form of pgshelf: {error}") from error
 
 
 def decoded(response: httpx2.Response, decoder: msgspec.json.Decoder[T]) -> T:

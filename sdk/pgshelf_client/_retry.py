@@ -1,6 +1,7 @@
 """Which requests are sent again, and when. Nothing here waits: the clients do."""
 
 import random
+import time
 
 import httpx2
 import msgspec
@@ -17,6 +18,8 @@ PASSING_STATUSES = frozenset({429, 502, 503, 504})
 NOTHING_DONE = frozenset(
     {"conflict", "lock_timeout", "not_migrated", "not_ready", "pool_exhausted", "read_only", "storage_full"}
 )
+# Another one holds what the call needs; one that was killed lets go of it after so many seconds, by itself.
+HELD = {"import_running": 45.0}
 
 
 class Retries(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +48,7 @@ class Attempts:
         self.call = call
         self.retries = retries
         self.failures = 0
+        self.begun = time.monotonic()
         self.perhaps_done = False  # an earlier attempt may have been carried out, its answer lost
 
     def after_failure(self, error: httpx2.RequestError) -> float:
@@ -58,11 +62,13 @@ class Attempts:
 
     def after_answer(self, response: httpx2.Response) -> float | None:
         """None when the call is over, seconds to wait before the next attempt, or the error that the answer is."""
-        if response.is_success:
-            return None
         error = error_from(response)
+        if error is None:
+            return None
         if isinstance(error, NotFound) and self.perhaps_done and error.code == self.call.gone_code:
             return None  # what an earlier attempt of ours deleted
+        if self.call.patient and self.retries.times and time.monotonic() - self.begun < HELD.get(error.code, 0.0):
+            return self.retries.cap / 5 + self.retries.backoff(1)
         nothing_done = isinstance(error, RateLimited) or error.code in NOTHING_DONE
         if not nothing_done and (error.status not in PASSING_STATUSES or not self.call.repeatable):
             raise error

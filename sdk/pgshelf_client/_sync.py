@@ -2,7 +2,7 @@
 """The client that waits."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,20 +11,28 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from . import _base as base
-from ._base import changed, given, json_object, listed, numbers, patched_object
+from ._base import changed, given, json_object, listed, packed, patched_object
+from ._import import Batch, Cutter, Tally
+from ._lanes import Lanes, Source, each
 from ._retry import Attempts, Retries
+from .errors import ConnectionFailed
 from .types import (
     BatchResult,
     Chunk,
     Document,
+    ExportedDocument,
     FacetsResult,
     Health,
+    ImportFailure,
+    ImportProgress,
+    ImportResult,
     Index,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
+    NewDocument,
     Readiness,
     Search,
     SearchResult,
@@ -330,6 +338,85 @@ class Client:
         path = ("libraries", library, "documents", "delete")
         return (self._fetch(self._routes.call("POST", *path, body=body, reads=dry_run), base.AFFECTED)).affected
 
+    # Import and export
+
+    def import_documents(
+        self,
+        library: Name,
+        documents: Source[NewDocument | ExportedDocument | bytes],
+        *,
+        batch_size: int = 500,
+        parallel: int = 2,
+        name: str | None = None,
+        wait: bool | None = None,
+        progress: Callable[[ImportProgress], object] | None = None,
+        on_failure: Callable[[ImportFailure], object] | None = None,
+    ) -> ImportResult:
+        """Store any number of documents, drawn from any iterable; bytes are a document as a line of JSON.
+
+        They go in requests of `batch_size` documents (or some megabytes), of which `parallel` are on their way at a
+        time; no more than one batch is held beyond these. A document that is refused spoils no other: it is among
+        `failed`, or given to `on_failure`. `progress` is called after each answer. Of two documents with one key the
+        later is written last; with `parallel=1` all are created in the order given.
+
+        A request is repeated safely. An import that ended early is gone on with when it is called again with the same
+        `name`, `batch_size` and documents in the same order: what is committed is skipped, also documents without a
+        key. Take another name for another import. `wait=True` embeds before a batch is committed, False leaves it to
+        the worker.
+        """
+        tally = Tally(progress, on_failure)
+        cutter = Cutter(batch_size, name, tally.refuse)
+
+        def send(batch: Batch) -> bytes:
+            lines = batch.body()
+            path, key = ("libraries", library, "import"), cutter.key(batch, lines)
+            call = self._routes.call("POST", *path, params={"wait": wait}, lines=lines, key=key)
+            return (self._answer(call)).content
+
+        with Lanes(parallel, send, tally.take) as lanes:
+            for document in each(documents):
+                batch = cutter.add(document)
+                if batch is not None:
+                    lanes.put(batch)
+            batch = cutter.rest()
+            if batch is not None:
+                lanes.put(batch)
+        return tally.result()
+
+    def export_documents(
+        self, library: Name, *, filter: Mapping[str, Any] | None = None, embeddings: bool = True
+    ) -> Iterator[ExportedDocument]:
+        """All documents of one moment, or those that match, oldest first; `import_documents` takes them.
+
+        They come as they arrive; what breaks off in the middle raises `ConnectionFailed`. Without `embeddings` the
+        vectors are left out.
+        """
+        for line in self.export_lines(library, filter=filter, embeddings=embeddings):
+            yield base.exported(line)
+
+    def export_lines(
+        self, library: Name, *, filter: Mapping[str, Any] | None = None, embeddings: bool = True
+    ) -> Iterator[bytes]:
+        """What `export_documents` gives, each document as a line of JSON, without its newline, as files hold it."""
+        params = base.export_params(filter, embeddings)
+        attempts = Attempts(self._routes.call("GET", "libraries", library, "export", params=params), self._retries)
+        call, lines, begun = attempts.call, base.Lines(), False
+        while True:
+            try:
+                with self._http.stream(call.method, call.url, params=call.params, headers=call.headers) as response:
+                    if response.is_success:
+                        for data in response.iter_bytes():
+                            begun = True
+                            yield from lines.feed(data)
+                        return
+                    response.read()
+                    delay = attempts.after_answer(response) or 0.0
+            except httpx2.RequestError as error:
+                if begun:  # another snapshot would begin anew
+                    raise ConnectionFailed(attempts.describe(error)) from error
+                delay = attempts.after_failure(error)
+            time.sleep(delay)
+
     # Chunks
 
     def chunks(
@@ -361,7 +448,7 @@ class Client:
         wait: bool | None = None,
     ) -> Chunk:
         """Change a chunk in place; a new text without an embedding is embedded by the library's embedder."""
-        vector = UNSET if embedding is UNSET else numbers(embedding)
+        vector = UNSET if embedding is UNSET else packed(embedding)
         body = changed(text=text, embedding=vector, metadata=patched_object(metadata))
         path = ("libraries", library, "chunks", chunk)
         return self._fetch(self._routes.call("PATCH", *path, params={"wait": wait}, body=body), base.CHUNK)

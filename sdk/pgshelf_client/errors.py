@@ -164,6 +164,7 @@ BY_STATUS: dict[int, type[ApiError]] = {
 
 
 class Problem(msgspec.Struct, frozen=True):
+    status: int = 0
     title: str = ""
     detail: str = ""
     code: str = ""
@@ -171,10 +172,31 @@ class Problem(msgspec.Struct, frozen=True):
     errors: tuple[FieldError, ...] = ()
 
 
-def error_from(response: httpx2.Response) -> ApiError:
-    """The error that an answer other than 2xx stands for."""
-    status = response.status_code
-    problem = problem_in(response)
+class Ending(msgspec.Struct, frozen=True):
+    """The last line of an answer in lines, as far as it tells of a failure."""
+
+    error: Problem | None = None
+
+
+def error_from(response: httpx2.Response) -> ApiError | None:
+    """The error that an answer stands for: one other than 2xx, or one in lines that ends in a problem."""
+    if not response.is_success:
+        return api_error(response.status_code, problem_in(response), response)
+    if not response.headers.get("content-type", "").startswith("application/x-ndjson"):
+        return None
+    problem = problem_at_end(response.content)
+    return None if problem is None else api_error(problem.status, problem, response)
+
+
+def problem_at_end(lines: bytes) -> Problem | None:
+    """What went wrong after an answer in lines had begun."""
+    try:
+        return msgspec.json.decode(lines.rstrip().rpartition(b"\n")[2], type=Ending).error
+    except msgspec.MsgspecError:
+        return None
+
+
+def api_error(status: int, problem: Problem, response: httpx2.Response) -> ApiError:
     request_id = problem.request_id or response.headers.get("x-request-id")
     kind = BY_STATUS.get(status, ServerError if status >= 500 else ApiError)
     return kind(

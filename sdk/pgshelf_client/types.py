@@ -4,11 +4,13 @@ Answers are frozen structs. A field that a newer server adds is ignored, one tha
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import msgspec
+
+from .errors import FieldError
 
 __all__ = [
     "BatchItem",
@@ -20,10 +22,15 @@ __all__ = [
     "DocumentSummary",
     "Embedder",
     "Explanation",
+    "ExportedChunk",
+    "ExportedDocument",
     "FacetValue",
     "FacetsResult",
     "Health",
     "Hit",
+    "ImportFailure",
+    "ImportProgress",
+    "ImportResult",
     "Index",
     "IndexEstimate",
     "IndexState",
@@ -32,6 +39,7 @@ __all__ = [
     "Metadata",
     "Name",
     "NewChunk",
+    "NewDocument",
     "Readiness",
     "Search",
     "SearchFailure",
@@ -62,6 +70,17 @@ class NewChunk(TypedDict):
     text: str
     embedding: NotRequired[Vector | None]
     metadata: NotRequired[Metadata | None]
+
+
+class NewDocument(TypedDict, total=False):
+    """A document to store, as `text` or as `chunks`; one with the same `key` is replaced."""
+
+    key: str | None
+    title: str | None
+    text: str | None
+    chunks: Iterable[NewChunk] | None
+    source: str | None
+    metadata: Metadata | None
 
 
 class Search(TypedDict, total=False):
@@ -299,6 +318,67 @@ class BatchResult(Answer, frozen=True):
 
     results: list[BatchItem]
     took_ms: float
+
+
+class ExportedChunk(Answer, frozen=True):
+    """A chunk as it is exported; `embedding` is None where it has none yet, or where none were asked for."""
+
+    text: str
+    embedding: list[float] | None = None
+    metadata: dict[str, Any] = {}
+
+
+class ExportedDocument(Answer, frozen=True):
+    """A whole document as it is exported; `import_documents` takes it again."""
+
+    key: str | None = None
+    title: str | None = None
+    source: str | None = None
+    metadata: dict[str, Any] = {}
+    chunks: list[ExportedChunk] = []
+
+
+class ImportFailure(Answer, frozen=True):
+    """A document that was not imported: its place among those given, from 0, itself, and why.
+
+    `code`, `detail` and `errors` are what its `ApiError` would have carried; `code` is "not_sendable" where it has no
+    form in JSON.
+    """
+
+    index: int
+    document: Any
+    key: str | None = None
+    code: str = ""
+    detail: str = ""
+    errors: tuple[FieldError, ...] = ()
+
+
+class ImportProgress(Answer, frozen=True):
+    """How far an import is: documents that the server has answered for, and what became of them.
+
+    `skipped` were dealt with before, by an earlier run of the same name or by a request whose answer was lost;
+    `pending` wait for embeddings.
+    """
+
+    documents: int = 0
+    created: int = 0
+    replaced: int = 0
+    skipped: int = 0
+    pending: int = 0
+    failed: int = 0
+
+
+class ImportResult(Answer, frozen=True):
+    """What became of the documents of an import: counted as in `ImportProgress`, and in their order those that failed.
+
+    `failed` is empty where `on_failure` took them.
+    """
+
+    created: int = 0
+    replaced: int = 0
+    skipped: int = 0
+    pending: int = 0
+    failed: list[ImportFailure] = []
 
 
 class Health(Answer, frozen=True):

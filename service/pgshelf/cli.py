@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import ipaddress
 import logging
-import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,28 +22,27 @@ import msgspec
 import psycopg
 import psycopg.conninfo
 
-from pgshelf import __version__, embedded, logs
+from pgshelf import __version__, cli_search, embedded, logs
+from pgshelf.console import Failure
 from pgshelf.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
-    from pgshelf_client import Client, Explanation, Hit, Index
-
-
-class Failure(click.ClickException):
-    """Ends a command with one line that says what to do."""
-
-    def show(self, file: Any = None) -> None:
-        """Print the line to stderr."""
-        click.echo(f"pgshelf: {self.message}", err=True)
+    from pgshelf_client import Client
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pgshelf")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """A vector document store that lives in PostgreSQL.
 
     Settings are environment variables, PGSHELF_*; without PGSHELF_DATABASE_URL a bundled PostgreSQL is started.
     """
+    context.obj = _settings
+
+
+for command in (cli_search.search, cli_search.index):
+    main.add_command(command)
 
 
 def _settings(**overrides: Any) -> Settings:
@@ -249,141 +245,6 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
         except migrate.MigrationError as error:
             raise Failure(str(error)) from None
         click.echo(f"the schema pgshelf is back at {down_to}")
-
-
-def _json_object(_: click.Context, option: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    try:
-        return None if value is None else msgspec.json.decode(value, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise click.BadParameter(f"needs a JSON object: {error}", param=option) from None
-
-
-@contextlib.contextmanager
-def _client(url: str | None) -> Iterator[Client]:
-    """A client of the running service; what goes wrong with it ends the command."""
-    from pgshelf_client import Client, ConnectionFailed, PgshelfError
-
-    settings = _settings()
-    try:
-        with Client(url or f"http://127.0.0.1:{settings.port}", api_prefix=settings.api_prefix) as client:
-            yield client
-    except ConnectionFailed as error:
-        raise Failure(f"{error}. Is pgshelf serve running there? Say where with --url, or PGSHELF_PORT.") from None
-    except (PgshelfError, TimeoutError) as error:
-        raise Failure(str(error)) from None
-
-
-URL = click.option("--url", help="Of the service; this machine's by default, by PGSHELF_PORT and PGSHELF_API_PREFIX.")
-
-
-@main.command()
-@click.argument("library")
-@click.argument("query")
-@click.option("-k", default=5, show_default=True, help="How many hits.")
-@click.option("--offset", type=int, help="How many hits to skip.")
-@click.option("--mode", type=click.Choice(["vector", "text", "hybrid"]), help="By meaning, by words, by both.")
-@click.option("--filter", "condition", metavar="JSON", callback=_json_object, help='Such as {"year": {"$gte": 2020}}.')
-@click.option("--group-by-document", is_flag=True, help="Of each document only the best hit.")
-@click.option("--rerank", is_flag=True, help="Let Cohere's rerank model order the best hits.")
-@click.option("--explain", is_flag=True, help="Say how the search was done, with its SQL.")
-@click.option("--json", "as_json", is_flag=True, help="Print the hits as JSON lines, what --explain says as the last.")
-@URL
-def search(
-    library: str,
-    query: str,
-    k: int,
-    offset: int | None,
-    mode: str | None,
-    condition: dict[str, Any] | None,
-    group_by_document: bool,
-    rerank: bool,
-    explain: bool,
-    as_json: bool,
-    url: str | None,
-) -> None:
-    """Search LIBRARY of a running service for QUERY.
-
-    Unless --mode is vector, QUERY may hold "a phrase", -exclusion and prefix*.
-    """
-    with _client(url) as client:
-        result = client.search(
-            library,
-            query,
-            k=k,
-            offset=offset,
-            mode=mode,
-            filter=condition,
-            group_by="document" if group_by_document else None,
-            rerank={"provider": "cohere"} if rerank else None,
-            explain=explain or None,
-            include=["text", "metadata", "document", "highlight"],
-        )
-    for hit in result.hits:
-        click.echo(msgspec.json.encode(hit) if as_json else _shown(hit))
-    if not result.hits and not as_json:
-        click.echo("nothing found")
-    if result.explain is not None:
-        click.echo(msgspec.json.encode({"explain": result.explain}) if as_json else _told(result.explain))
-
-
-def _shown(hit: Hit) -> str:
-    """A hit on two lines; the words that were found are bold where the output is a terminal."""
-    text = _printable(hit.text or "")[:160]
-    if hit.highlight is not None:
-        marked = re.sub("<mark>(.*?)</mark>", lambda found: click.style(found[1], bold=True), _printable(hit.highlight))
-        text = html.unescape(marked)
-    return f"{hit.score:.3f}  {hit.key or hit.document_id} #{hit.ordinal}\n       {text}"
-
-
-def _printable(text: str) -> str:
-    """On one line, without what would control a terminal."""
-    return "".join(character for character in " ".join(text.split()) if character.isprintable())
-
-
-def _told(explanation: Explanation) -> str:
-    recall = "" if explanation.recall is None else f", recall {explanation.recall:.2f} against exact search"
-    removed = f"{explanation.rows_removed} rows were looked at and did not match"
-    return f"how: {explanation.strategy}{recall}; {removed}\n{explanation.statement}"
-
-
-@main.command("index")
-@click.argument("library")
-@click.option(
-    "--type", "kind", type=click.Choice(["auto", "flat", "hnsw", "ivfflat", "lsh", "kdtree"]), help="Ask for it."
-)
-@click.option("--storage", type=click.Choice(["halfvec", "vector", "bit"]), help="How hnsw and ivfflat keep vectors.")
-@click.option("--wait", is_flag=True, help="Wait until it is built.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@URL
-def index_command(
-    library: str, kind: str | None, storage: str | None, wait: bool, as_json: bool, url: str | None
-) -> None:
-    """Show the index of LIBRARY of a running service, or ask for another one."""
-    if storage and not kind:
-        raise click.UsageError("--storage needs --type.")
-    with _client(url) as client:
-        index = client.set_index(library, kind, storage=storage) if kind else client.get_index(library)
-        if wait:
-            index = client.wait_for_index(library, timeout=math.inf)
-    if as_json:
-        click.echo(msgspec.json.encode(index))
-        return
-    click.echo(f"wanted  {_described(index.wanted)}\nin use  {_described(index.actual)}\nstate   {_state(index)}")
-    if wait and index.state == "failed":
-        sys.exit(1)
-
-
-def _described(index: dict[str, Any]) -> str:
-    kind, *options = [str(index["type"]), *(f"{name} {value}" for name, value in index.items() if name != "type")]
-    return ", ".join([kind, *options])
-
-
-def _state(index: Index) -> str:
-    if index.state == "building":
-        about = f", about {index.estimate.seconds:.0f} s in all" if index.estimate else ""
-        return f"building, {index.progress:.0%} done{about}"
-    more = {"failed": f": {index.error}; it is tried again", "waiting": " for enough vectors, searched exactly so far"}
-    return index.state + more.get(index.state, "")
 
 
 @main.command("doctor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import base64
 import math
 import types
 import uuid
@@ -11,7 +12,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from tests.sdk.script import LIBRARY, Script, ok
+from pgshelf_client import _base
+from tests.sdk.script import DOCUMENT, LIBRARY, Script, ok
 
 FOUND = {"hits": [], "took_ms": 0.1}
 
@@ -68,10 +70,39 @@ async def test_a_filter_takes_moments_and_ids(connect):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "vector",
+    [
+        [1, 0.5],
+        array.array("d", [1.0, 0.5]),
+        np.array([1, 0.5], dtype=">f8"),
+        np.array([1, 9, 0.5], dtype=np.float32)[::2],
+        np.array([1, 0.5], dtype=np.float16),
+        [np.float32(1), np.float64(0.5)],
+    ],
+    ids=["list", "array", "big-endian", "strided", "float16", "scalars"],
+)
+@pytest.mark.parametrize("byteorder", ["little", "big"])
+async def test_an_embedding_goes_as_little_endian_bytes(connect, vector, byteorder, monkeypatch):
+    monkeypatch.setattr(_base, "sys", types.SimpleNamespace(byteorder=byteorder))
+    script = Script(ok(DOCUMENT))
+    await connect(script).add_document("handbook", chunks=[{"text": "t", "embedding": vector}])
+    sent = base64.b64decode(script.body["chunks"][0]["embedding"])
+    assert np.frombuffer(sent, dtype="<f4" if byteorder == "little" else ">f4").tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("vector", [[0.0, 1e39], np.array([0.0, 1e39])], ids=["list", "array"])
+async def test_an_embedding_beyond_single_precision_is_refused(connect, vector):
+    with pytest.raises(ValueError, match=r"vector\[1\] is 1e\+39, beyond single precision"):
+        await connect(Script(ok())).update_chunk("handbook", "c", embedding=vector)
+
+
 @pytest.mark.parametrize("vector", ["[1, 2]", b"\x00\x01", 1.5, np.ones((2, 2))])
 async def test_what_is_no_vector_is_refused(connect, vector):
     with pytest.raises(TypeError):
         await connect(Script(ok(FOUND))).search("handbook", vector=vector)
+    with pytest.raises(TypeError):
+        await connect(Script(ok())).update_chunk("handbook", "c", embedding=vector)
 
 
 async def test_metadata_takes_any_mapping_and_what_json_has_a_form_for(connect):
