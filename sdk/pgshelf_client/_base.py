@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,7 @@ from .types import (
     BatchResult,
     Chunk,
     Document,
+    EventTaken,
     FacetsResult,
     Health,
     Index,
@@ -31,6 +33,7 @@ from .types import (
 )
 
 VERSION = version("pgshelf-client")
+KEY = "Idempotency-Key"
 DEFAULT_BASE_URL = "http://127.0.0.1:8432"
 DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 
@@ -53,6 +56,7 @@ CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
 INDEX = msgspec.json.Decoder(Index)
+EVENT_TAKEN = msgspec.json.Decoder(EventTaken)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
 HEALTH = msgspec.json.Decoder(Health)
 LIBRARIES = msgspec.json.Decoder(Page[Library])
@@ -73,9 +77,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
     body: bytes | None = None
     reads: bool = False  # changes nothing in the server
-    repeatable: bool = False  # carried out twice, it leaves what carrying it out once would have left
     patient: bool = True  # worth sending again at all
-    gone_code: str | None = None  # the error of a DELETE whose earlier attempt had succeeded
+
+    @property
+    def repeatable(self) -> bool:
+        """Sent twice, it is carried out once at most."""
+        return self.reads or KEY in self.headers
 
     def after(self, cursor: str) -> "Call":
         """The same list's next page; a question that is POSTed has its cursor in the body."""
@@ -129,15 +136,12 @@ class Routes:
         body: Mapping[str, Any] | None = None,
         if_match: int | None = None,
         reads: bool = False,
-        repeatable: bool | None = None,
-        gone_code: str | None = None,
     ) -> Call:
-        """A request under the API's prefix. What is PUT, PATCHed or DELETEd is repeatable unless `if_match` is given.
-
-        With `if_match` it is not: had the first attempt succeeded unseen, the second would fail on the new version.
-        """
+        """A request under the API's prefix. What writes has an idempotency key, the same for each attempt."""
         reads = reads or method == "GET"
-        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        headers = {} if reads else {KEY: uuid.uuid4().hex}
+        if if_match is not None:
+            headers["If-Match"] = f'"{if_match}"'
         if body is not None:
             headers["Content-Type"] = "application/json"
         return Call(
@@ -147,8 +151,6 @@ class Routes:
             headers=headers,
             body=None if body is None else msgspec.json.encode(body),
             reads=reads,
-            repeatable=reads or (method != "POST" and if_match is None if repeatable is None else repeatable),
-            gone_code=gone_code,
         )
 
 

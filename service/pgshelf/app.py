@@ -19,9 +19,11 @@ from pgshelf import (
     chunks,
     database,
     documents,
+    events,
     facets,
     health,
     http,
+    idempotency,
     indexes,
     libraries,
     logs,
@@ -62,12 +64,14 @@ def create_app(settings: Settings) -> Litestar:
         await cohere.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]
+    handlers = [libraries.router, documents.router, chunks.router, events.router]
+    handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(lambda: settings, sync_to_thread=False),
+            "once": Provide(idempotency.once),
         },
         dto=http.Body,
         return_dto=None,
