@@ -15,6 +15,37 @@ CHANGES = """
 """
 
 IDEMPOTENCY = """
+-- scope: whose keys they are
+create table pgshelf.idempotency_keys (
+  scope text not null default '',
+  key text not null,
+  request bytea not null,
+  status int,
+  headers jsonb,
+  body bytea,
+  created_at timestamptz not null default now(),
+  constraint idempotency_keys_pkey primary key (scope, key)
+);
+create index idempotency_keys_age_idx on pgshelf.idempotency_keys (created_at);
+
+-- what was sent: its document may become something else, or go, and a sender that repeats itself does not undo that
+create table pgshelf.events (
+  library_id uuid not null,
+  key text not null,
+  document_id uuid not null,
+  hash bytea not null,
+  constraint events_pkey primary key (library_id, key)
+);
+
+comment on table pgshelf.idempotency_keys is
+  'Answers to writes that came with an Idempotency-Key, for when they are sent again.';
+comment on column pgshelf.idempotency_keys.scope is 'Whose keys they are.';
+comment on column pgshelf.idempotency_keys.request is 'SHA-256 of what was asked for.';
+comment on column pgshelf.idempotency_keys.status is
+  'Of the answer; null only inside the transaction that does the work.';
+comment on column pgshelf.idempotency_keys.body is 'The answer as JSON; null where it has none.';
+comment on table pgshelf.events is 'Events that were taken, so that one that is sent again has no effect.';
+comment on column pgshelf.events.hash is 'SHA-256 of text and metadata as they were sent first.';
 """
 
 EMBEDDING = """
@@ -65,6 +96,7 @@ DOWN_EMBEDDING = """
 """
 
 DOWN_IDEMPOTENCY = """
+drop table pgshelf.events, pgshelf.idempotency_keys;
 """
 
 DOWN_CHANGES = """

@@ -19,6 +19,7 @@ from .types import (
     BatchResult,
     Chunk,
     Document,
+    EventTaken,
     ExportedDocument,
     FacetsResult,
     Health,
@@ -49,11 +50,9 @@ class AsyncClient:
             result = await shelf.search("handbook", "how do I get space back?")
 
     `base_url` may end in `api_prefix` or not; `timeout` is in seconds; `retries` is a number or a `Retries`.
-    After a lost answer and after 502, 503 and 504, what is safe to repeat is sent again: every read, searches and dry
-    runs among them, and every write but `create_library`, `add_document` without a key, `update_library` with a new
-    name, `update_documents` and `delete_documents` (they would count anew), and those with `if_match`. These are sent
-    again only when the server has certainly done nothing: when it could not be reached, answered 429, or said that it
-    had not begun or had rolled back. A DELETE finds its work done when a repetition of it answers 404.
+    What fails for now is sent again: when the server cannot be reached, after a lost answer, after 429, 502, 503 and
+    504, and when the server had to roll back. That is safe for writes, too: each has an idempotency key, so an attempt
+    whose predecessor was carried out unseen gets the answer of that one.
     Every method may raise `ApiError`, `ConnectionFailed` or `UnexpectedAnswer`.
     """
 
@@ -163,13 +162,11 @@ class AsyncClient:
             chunking=chunking,
             metadata=patched_object(metadata),
         )
-        # Under its old name a renamed library is not found again.
-        call = self._routes.call("PATCH", "libraries", library, body=body, repeatable=name is UNSET)
-        return await self._fetch(call, base.LIBRARY)
+        return await self._fetch(self._routes.call("PATCH", "libraries", library, body=body), base.LIBRARY)
 
     async def delete_library(self, library: Name) -> None:
         """Delete a library and all that is in it."""
-        await self._answer(self._routes.call("DELETE", "libraries", library, gone_code="library_not_found"))
+        await self._answer(self._routes.call("DELETE", "libraries", library))
 
     async def library_stats(self, library: Name) -> LibraryStats:
         """How much a library holds, and how much of it waits for its embeddings."""
@@ -230,11 +227,11 @@ class AsyncClient:
     ) -> Document:
         """Store a document, given as `text` or as `chunks`; one with the same `key` is replaced.
 
-        With `wait=False` the server answers before the chunks are embedded. Without a key a lost answer is not retried.
+        With `wait=False` the server answers before the chunks are embedded.
         """
         body = base.new_document(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
         path = ("libraries", library, "documents")
-        call = self._routes.call("POST", *path, params={"wait": wait}, body=body, repeatable=key is not None)
+        call = self._routes.call("POST", *path, params={"wait": wait}, body=body)
         return await self._fetch(call, base.DOCUMENT)
 
     async def put_document(
@@ -283,7 +280,7 @@ class AsyncClient:
     async def delete_document(self, library: Name, document: Name, *, if_match: int | None = None) -> None:
         """Delete a document with its chunks; `Conflict` when another table refers to it or `if_match` is stale."""
         path = ("libraries", library, "documents", document)
-        await self._answer(self._routes.call("DELETE", *path, if_match=if_match, gone_code="document_not_found"))
+        await self._answer(self._routes.call("DELETE", *path, if_match=if_match))
 
     def query_documents(
         self,
@@ -419,6 +416,14 @@ class AsyncClient:
                 delay = attempts.after_failure(error)
             await asyncio.sleep(delay)
 
+    async def add_event(self, library: Name, id: str, text: str, *, metadata: Metadata | None = None) -> EventTaken:
+        """Store an event as a document, before it is embedded; one of the same `id` that is sent again has no effect.
+
+        `Conflict` when that one had another text or other metadata.
+        """
+        body = given(id=id, text=text, metadata=json_object(metadata))
+        return await self._fetch(self._routes.call("POST", "libraries", library, "events", body=body), base.EVENT_TAKEN)
+
     # Chunks
 
     def chunks(
@@ -458,7 +463,7 @@ class AsyncClient:
     async def delete_chunk(self, library: Name, chunk: Name) -> None:
         """Delete a chunk."""
         path = ("libraries", library, "chunks", chunk)
-        await self._answer(self._routes.call("DELETE", *path, gone_code="chunk_not_found"))
+        await self._answer(self._routes.call("DELETE", *path))
 
     # Search
 

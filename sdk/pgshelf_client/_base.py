@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,7 @@ from .types import (
     BatchResult,
     Chunk,
     Document,
+    EventTaken,
     ExportedDocument,
     FacetsResult,
     Health,
@@ -34,6 +36,7 @@ from .types import (
 )
 
 VERSION = version("pgshelf-client")
+KEY = "Idempotency-Key"
 DEFAULT_BASE_URL = "http://127.0.0.1:8432"
 DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 
@@ -56,6 +59,7 @@ CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
 INDEX = msgspec.json.Decoder(Index)
+EVENT_TAKEN = msgspec.json.Decoder(EventTaken)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
 EXPORTED = msgspec.json.Decoder(ExportedDocument)
 HEALTH = msgspec.json.Decoder(Health)
@@ -77,9 +81,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
     body: bytes | None = None
     reads: bool = False  # changes nothing in the server
-    repeatable: bool = False  # carried out twice, it leaves what carrying it out once would have left
     patient: bool = True  # worth sending again at all
-    gone_code: str | None = None  # the error of a DELETE whose earlier attempt had succeeded
+
+    @property
+    def repeatable(self) -> bool:
+        """Sent twice, it is carried out once at most."""
+        return self.reads or KEY in self.headers
 
     def after(self, cursor: str) -> "Call":
         """The same list's next page; a question that is POSTed has its cursor in the body."""
@@ -135,18 +142,15 @@ class Routes:
         key: str | None = None,
         if_match: int | None = None,
         reads: bool = False,
-        repeatable: bool | None = None,
-        gone_code: str | None = None,
     ) -> Call:
         """A request under the API's prefix, with a JSON `body` or with `lines` of it (NDJSON).
 
-        What is PUT, PATCHed or DELETEd is repeatable unless `if_match` is given. With that it is not: had the first
-        attempt succeeded unseen, the second would fail on the new version. What has an idempotency `key` always is.
+        What writes has an idempotency key, the same for each attempt: `key`, or one made here.
         """
         reads = reads or method == "GET"
-        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        if key is not None:
-            headers["Idempotency-Key"] = key
+        headers = {} if reads else {KEY: key or uuid.uuid4().hex}
+        if if_match is not None:
+            headers["If-Match"] = f'"{if_match}"'
         if body is not None or lines is not None:
             headers["Content-Type"] = "application/json" if lines is None else "application/x-ndjson"
         return Call(
@@ -156,10 +160,6 @@ class Routes:
             headers=headers,
             body=lines if body is None else msgspec.json.encode(body),
             reads=reads,
-            repeatable=reads
-            or key is not None
-            or (method != "POST" and if_match is None if repeatable is None else repeatable),
-            gone_code=gone_code,
         )
 
 

@@ -7,16 +7,25 @@ import httpx2
 import msgspec
 
 from ._base import Call
-from .errors import ConnectionFailed, NotFound, PgshelfError, RateLimited, error_from
+from .errors import ConnectionFailed, PgshelfError, RateLimited, error_from
 
 # The request never left, so sending it again cannot do anything twice.
 NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 # The same request would fail the same way.
 HOPELESS = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.DecodingError, httpx2.TooManyRedirects)
 PASSING_STATUSES = frozenset({429, 502, 503, 504})
-# The server says these when it has not begun, or when its transaction is rolled back; they may pass.
+# The server says these when this attempt has not begun, or when its transaction is rolled back; they may pass.
 NOTHING_DONE = frozenset(
-    {"conflict", "lock_timeout", "not_migrated", "not_ready", "pool_exhausted", "read_only", "storage_full"}
+    {
+        "conflict",
+        "idempotency_key_in_use",
+        "lock_timeout",
+        "not_migrated",
+        "not_ready",
+        "pool_exhausted",
+        "read_only",
+        "storage_full",
+    }
 )
 # Another one holds what the call needs; one that was killed lets go of it after so many seconds, by itself.
 HELD = {"import_running": 45.0}
@@ -65,8 +74,6 @@ class Attempts:
         error = error_from(response)
         if error is None:
             return None
-        if isinstance(error, NotFound) and self.perhaps_done and error.code == self.call.gone_code:
-            return None  # what an earlier attempt of ours deleted
         if self.call.patient and self.retries.times and time.monotonic() - self.begun < HELD.get(error.code, 0.0):
             return self.retries.cap / 5 + self.retries.backoff(1)
         nothing_done = isinstance(error, RateLimited) or error.code in NOTHING_DONE

@@ -216,6 +216,15 @@ class Document(Answer, frozen=True):
     updated_at: datetime | None = None
 
 
+class EventTaken(Answer, frozen=True):
+    """An event that is stored; `duplicate` says that it had been before. `key` is that of its document."""
+
+    id: str
+    document_id: str
+    key: str
+    duplicate: bool
+
+
 class Chunk(Answer, frozen=True):
     """A piece of a document; `embedding` is there only when asked for."""
 

@@ -20,9 +20,11 @@ from pgshelf import (
     chunks,
     database,
     documents,
+    events,
     facets,
     health,
     http,
+    idempotency,
     indexes,
     libraries,
     logs,
@@ -68,13 +70,15 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await providers.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]
+    handlers = [libraries.router, documents.router, chunks.router, events.router]
+    handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(lambda: settings, sync_to_thread=False),
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
+            "once": Provide(idempotency.once),
         },
         dto=http.Body,
         return_dto=None,

@@ -31,6 +31,7 @@ from pgshelf.http import (
     page_size,
     problems,
 )
+from pgshelf.idempotency import Write
 
 Include = Annotated[
     list[Literal["embedding"]] | None,
@@ -126,7 +127,7 @@ async def get_chunk(library: LibraryName, chunk: ChunkId, engine: Engine, includ
     "/libraries/{library:str}/chunks/{chunk:str}",
     responses={
         202: ResponseSpec(Chunk, description="Stored; the chunk is pending", generate_examples=False),
-        **problems(404, 413, 415, 422, 502),
+        **problems(404, 409, 413, 415, 422, 502),
     },
     response_description="The chunk, changed and ready, or failed as before",
     summary="Change a chunk in place",
@@ -137,10 +138,13 @@ async def update_chunk(
     chunk: ChunkId,
     data: JSONBody[PatchChunk],
     engine: Engine,
+    once: Write,
     settings: Config,
     wait: Wait = True,
 ) -> Answer[Chunk]:
     """Change text, embedding or metadata of a chunk; its id and its place stay."""
+    if (kept := await once.replayed()) is not None:
+        return kept
     chunk_id = _id(chunk)
     vector = None if data.embedding is None else limits.vector(data.embedding, "embedding")
     metadata = None if data.metadata is None else limits.metadata(data.metadata, settings)
@@ -150,7 +154,7 @@ async def update_chunk(
         if vector is None and wait and config.embedder["provider"] != "none":
             vector = (await embed(engine, settings, config.embedder, [data.text], "document", ["text"]))[0]
 
-    async def change(connection: AsyncConnection) -> Chunk:
+    async def change(connection: AsyncConnection) -> Answer[Chunk]:
         rows = await database.rows(
             connection,
             f"select {COLUMNS} from pgshelf.patch_chunk(%s, %s, %s, %b, %s) c",  # noqa: S608 - put together from constants
@@ -158,23 +162,28 @@ async def update_chunk(
         )  # fmt: skip
         changed = _chunk(rows[0])
         limits.metadata(changed.metadata, settings)
-        return changed
+        return Answer(changed, status_code=202 if changed.status == "pending" else 200)
 
-    changed = await database.retried(engine, change)
-    return Answer(changed, status_code=202 if changed.status == "pending" else 200)
+    return await once.run(change)
 
 
 @delete(
     "/libraries/{library:str}/chunks/{chunk:str}",
-    responses=problems(404),
+    responses=problems(404, 409),
     response_description="Deleted",
     summary="Delete a chunk",
     operation_id="deleteChunk",
 )
-async def delete_chunk(library: LibraryName, chunk: ChunkId, engine: Engine) -> None:
+async def delete_chunk(library: LibraryName, chunk: ChunkId, once: Write) -> Answer[None]:
     """Delete a chunk; the ordinals of the others stay."""
     chunk_id = _id(chunk)
-    await database.run(engine, "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)", library, chunk_id)
+
+    async def remove(connection: AsyncConnection) -> Answer[None]:
+        delete_it = "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)"
+        await database.rows(connection, delete_it, library, chunk_id)
+        return Answer(None, status_code=204)
+
+    return await once.run(remove, single=True)
 
 
 def _id(chunk: str) -> UUID:

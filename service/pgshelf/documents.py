@@ -38,6 +38,7 @@ from pgshelf.http import (
     problems,
     wanted_version,
 )
+from pgshelf.idempotency import Once, Write
 from pgshelf.ingest import WRITE, DocumentInput, Title, embed_pending, prepare
 from pgshelf.settings import Settings
 
@@ -173,12 +174,13 @@ async def add_document(
     library: LibraryName,
     data: JSONBody[DocumentInput],
     engine: Engine,
+    once: Write,
     settings: Config,
     wait: Wait = True,
     if_match: IfMatch = None,
 ) -> Answer[Document]:
     """Store a document with all its chunks, in one transaction."""
-    return await _write(engine, settings, library, None, data, wanted_version(if_match), wait)
+    return await _write(engine, once, settings, library, None, data, wanted_version(if_match), wait)
 
 
 @put(
@@ -196,6 +198,7 @@ async def put_document(
     document: DocumentName,
     data: JSONBody[DocumentInput],
     engine: Engine,
+    once: Write,
     settings: Config,
     wait: Wait = True,
     if_match: IfMatch = None,
@@ -207,7 +210,7 @@ async def put_document(
             raise invalid("key", "differs from the key in the address; leave it out")
         limits.bounded_text(document, 512, "key")  # by a constraint of the table
         data.key = document
-    return await _write(engine, settings, library, document_id, data, wanted_version(if_match), wait)
+    return await _write(engine, once, settings, library, document_id, data, wanted_version(if_match), wait)
 
 
 @get(
@@ -263,7 +266,7 @@ async def update_document(
     library: LibraryName,
     document: DocumentName,
     data: JSONBody[PatchDocument],
-    engine: Engine,
+    once: Write,
     settings: Config,
     if_match: IfMatch = None,
 ) -> Answer[Document]:
@@ -275,7 +278,7 @@ async def update_document(
     patched = None if data.metadata is UNSET else limits.metadata(data.metadata, settings)
     changed = {name: value for name in ("title", "source") if (value := getattr(data, name)) is not UNSET}
 
-    async def change(connection: AsyncConnection) -> Document:
+    async def change(connection: AsyncConnection) -> Answer[Document]:
         await database.rows(
             connection,
             "select pgshelf.patch_document(%s, %s, %s, %s, %s)",
@@ -283,9 +286,9 @@ async def update_document(
         )  # fmt: skip
         found = await _read(connection, library, document)
         limits.metadata(found.metadata, settings)
-        return found
+        return _answer(found)
 
-    return _answer(await database.retried(engine, change))
+    return await once.run(change)
 
 
 @delete(
@@ -296,11 +299,16 @@ async def update_document(
     operation_id="deleteDocument",
 )
 async def delete_document(
-    library: LibraryName, document: DocumentName, engine: Engine, if_match: IfMatch = None
-) -> None:
+    library: LibraryName, document: DocumentName, once: Write, if_match: IfMatch = None
+) -> Answer[None]:
     """Delete a document with its chunks."""
     version = wanted_version(if_match)
-    await database.run(engine, "select pgshelf.delete_document(%s, %s, %s)", library, document, version)
+
+    async def remove(connection: AsyncConnection) -> Answer[None]:
+        await database.rows(connection, "select pgshelf.delete_document(%s, %s, %s)", library, document, version)
+        return Answer(None, status_code=204)
+
+    return await once.run(remove, single=True)
 
 
 @post(
@@ -341,16 +349,20 @@ async def query_documents(
     operation_id="updateDocuments",
 )
 async def update_documents(
-    library: LibraryName, data: JSONBody[UpdateDocuments], engine: Engine, settings: Config
-) -> Affected:
+    library: LibraryName, data: JSONBody[UpdateDocuments], once: Write, settings: Config
+) -> Answer[Affected]:
     """Change the metadata of all documents that match, in one transaction; their chunks stay."""
-    rows = await database.run(
-        engine,
-        "select pgshelf.update_documents(%s, %s, %s, %s, %s)",
-        library, filters.parameter(data.filter), limits.metadata(data.patch, settings, "patch"), data.max_affected,
-        data.dry_run,
-    )  # fmt: skip
-    return Affected(rows[0][0])
+    condition, changes = filters.parameter(data.filter), limits.metadata(data.patch, settings, "patch")
+
+    async def change(connection: AsyncConnection) -> Answer[Affected]:
+        rows = await database.rows(
+            connection,
+            "select pgshelf.update_documents(%s, %s, %s, %s, %s)",
+            library, condition, changes, data.max_affected, data.dry_run,
+        )  # fmt: skip
+        return Answer(Affected(rows[0][0]), status_code=200)
+
+    return await once.run(change, single=True)
 
 
 @post(
@@ -361,14 +373,19 @@ async def update_documents(
     summary="Delete documents by a filter",
     operation_id="deleteDocuments",
 )
-async def delete_documents(library: LibraryName, data: JSONBody[DeleteDocuments], engine: Engine) -> Affected:
+async def delete_documents(library: LibraryName, data: JSONBody[DeleteDocuments], once: Write) -> Answer[Affected]:
     """Delete all documents that match, with their chunks, in one transaction."""
-    rows = await database.run(
-        engine,
-        "select pgshelf.delete_documents(%s, %s, %s, %s)",
-        library, filters.parameter(data.filter), data.max_affected, data.dry_run,
-    )  # fmt: skip
-    return Affected(rows[0][0])
+    condition = filters.parameter(data.filter)
+
+    async def remove(connection: AsyncConnection) -> Answer[Affected]:
+        rows = await database.rows(
+            connection,
+            "select pgshelf.delete_documents(%s, %s, %s, %s)",
+            library, condition, data.max_affected, data.dry_run,
+        )  # fmt: skip
+        return Answer(Affected(rows[0][0]), status_code=200)
+
+    return await once.run(remove, single=True)
 
 
 def _after(keys: list[str | None]) -> str:
@@ -387,6 +404,7 @@ def _keys(after: str) -> list[str | None]:
 
 async def _write(
     engine: AsyncEngine,
+    once: Once,
     settings: Settings,
     library: str,
     document_id: UUID | None,
@@ -394,20 +412,28 @@ async def _write(
     version: int | None,
     wait: bool,
 ) -> Answer[Document]:
+    if (kept := await once.replayed()) is not None:  # lest its texts be embedded again
+        return kept
     prepared = await prepare(engine, settings, library, document_id, data, wait)
+    made = 200
+    path = f"{settings.api_prefix}/libraries/{quote(library, safe='')}"
 
-    async def write(connection: AsyncConnection) -> tuple[Document, bool]:
+    async def write(connection: AsyncConnection) -> Answer[Document]:
+        nonlocal made
         written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
-        return await _read(connection, str(prepared.library.id), str(written)), created
+        made = 201 if created else 200
+        found = await _read(connection, str(prepared.library.id), str(written))
+        return _answer(found, 202 if found.chunks.pending else made, path)
 
-    found, created = await database.retried(engine, write)
-    if wait and found.chunks.pending:
+    answer = await once.run(write)
+    found = answer.content
+    if wait and isinstance(found, Document) and found.chunks.pending:
         # the write is done, so a failure here is no error of it: 202, and the worker goes on
         with contextlib.suppress(Problem, psycopg.Error):
             found.chunks.pending -= await embed_pending(engine, settings, prepared.library, found.id)
             found.status = "pending" if found.chunks.pending else "ready"
-    status = 202 if found.chunks.pending else 201 if created else 200
-    return _answer(found, status, f"{settings.api_prefix}/libraries/{quote(library, safe='')}")
+        return _answer(found, 202 if found.chunks.pending else made, path)
+    return answer
 
 
 async def _read(connection: AsyncConnection, library: str, document: str) -> Document:

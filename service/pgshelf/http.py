@@ -148,11 +148,10 @@ class Answer(Response[T]):
 
     def render(self, content: Any, media_type: str, enc_hook: Any = default_serializer) -> bytes:
         """The body; Litestar itself knows one name of MessagePack only."""
-        return (
-            encode_msgpack(content, enc_hook)
-            if media_type in MSGPACK_TYPES
-            else super().render(content, media_type, enc_hook)
-        )
+        if media_type not in MSGPACK_TYPES:
+            return super().render(content, media_type, enc_hook)
+        # what was stored is JSON
+        return encode_msgpack(msgspec.json.decode(content) if isinstance(content, msgspec.Raw) else content, enc_hook)
 
 
 def render_problem(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemBody]:

@@ -10,12 +10,12 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import Meta
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
 from pgshelf.http import Answer, Config, Engine, LibraryName, problems
+from pgshelf.idempotency import Write
 from pgshelf.index_choice import IndexChoice
-from pgshelf.settings import Settings
 
 
 class IndexEstimate(msgspec.Struct):
@@ -63,8 +63,7 @@ cross join lateral pgshelf.index_estimate(pgshelf.index_in_full(l), r.rows, (l).
 """  # noqa: E501 - one line for each part
 
 
-async def _status(engine: AsyncEngine, settings: Settings, library: str) -> Index:
-    [found] = await database.run(engine, STATUS, library, settings.index_memory_bytes)
+def _index(found: tuple[Any, ...]) -> Index:
     wanted, actual, state, progress, phase, error, shelf, moving, *estimate = found
     return Index(wanted, actual, state, progress, phase, error, shelf, moving, IndexEstimate(*estimate))
 
@@ -78,7 +77,7 @@ async def _status(engine: AsyncEngine, settings: Settings, library: str) -> Inde
 )
 async def get_index(library: LibraryName, engine: Engine, settings: Config) -> Index:
     """Tell which index is wanted, which one searches use, and how far the work is."""
-    return await _status(engine, settings, library)
+    return _index((await database.run(engine, STATUS, library, settings.index_memory_bytes))[0])
 
 
 @put(
@@ -89,17 +88,19 @@ async def get_index(library: LibraryName, engine: Engine, settings: Config) -> I
     summary="Change the index of a library",
     operation_id="putIndex",
 )
-async def put_index(
-    library: LibraryName, data: JSONBody[IndexChoice], engine: Engine, settings: Config
-) -> Answer[Index]:
+async def put_index(library: LibraryName, data: JSONBody[IndexChoice], once: Write, settings: Config) -> Answer[Index]:
     """Ask for an index. It is built in the background; searches and writes go on, with the old one until it is ready.
 
     Asking once more for what has failed tries again at once.
     """
-    asked = await database.run(
-        engine, "select pgshelf.want_index(%s, %s, %s)", library, Jsonb(data.wanted()), settings.promote_at
-    )
-    return Answer(await _status(engine, settings, library), status_code=202 if asked[0][0] else 200)
+
+    async def want(connection: AsyncConnection) -> Answer[Index]:
+        ask = "select pgshelf.want_index(%s, %s, %s)"
+        asked = await database.rows(connection, ask, library, Jsonb(data.wanted()), settings.promote_at)
+        found = await database.rows(connection, STATUS, library, settings.index_memory_bytes)
+        return Answer(_index(found[0]), status_code=202 if asked[0][0] else 200)
+
+    return await once.run(want)
 
 
 router = Router("/", route_handlers=[get_index, put_index], tags=["indexes"])

@@ -33,6 +33,7 @@ from pgshelf.http import (
     position,
     problems,
 )
+from pgshelf.idempotency import Write
 from pgshelf.index_choice import IndexChoice
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
@@ -105,7 +106,7 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     embedder: Annotated[
         EmbedderChoice | None,
         Meta(
-            description="Who makes the vectors; PGSHELF_EMBEDDER if absent, by default `cohere` with a key, else `local`."
+            description="Who makes the vectors; PGSHELF_EMBEDDER if absent: `cohere` where it has a key, else `local`."
         ),
     ] = None
     dimension: Annotated[
@@ -222,7 +223,7 @@ LIBRARY_PROBLEMS = problems(404)
     summary="Create a library",
     operation_id="createLibrary",
 )
-async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings: Config) -> Answer[Library]:
+async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
     embedder = _embedder(data, settings)
     dimension = embedder["dimension"]
@@ -242,14 +243,16 @@ async def create_library(data: JSONBody[CreateLibrary], engine: Engine, settings
     }
     if values["index"]["type"] != "auto":
         values["index_state"] = "building"  # every other type has a shelf of its own, which the worker makes
-    async with database.transaction(engine) as connection:
+
+    async def create(connection: AsyncConnection) -> Answer[Library]:
         await _check_language(connection, data.language)
         check = "select pgshelf.check_index(%s, %s, %s)"
         await database.rows(connection, check, Jsonb(values["index"]), dimension, data.metric)
         await database.rows(connection, "select pgshelf.check_attributes(%s)", Jsonb(data.attributes))
-        row = (await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one()
-    library = _library(row)
-    return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
+        library = _library((await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one())
+        return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
+
+    return await once.run(create)
 
 
 @get(
@@ -294,11 +297,11 @@ async def get_library(library: LibraryName, engine: Engine) -> Library:
     operation_id="updateLibrary",
 )
 async def update_library(
-    library: LibraryName, data: JSONBody[PatchLibrary], engine: Engine, settings: Config
-) -> Library:
+    library: LibraryName, data: JSONBody[PatchLibrary], once: Write, settings: Config
+) -> Answer[Library]:
     """Change name, description, chunking, metadata or attributes; chunking counts for documents written from now on."""
 
-    async def change(connection: AsyncConnection) -> Library:
+    async def change(connection: AsyncConnection) -> Answer[Library]:
         now = await _find(connection, library, lock=True)
         values = _changes(data, now, settings)
         if data.attributes is not UNSET:
@@ -307,9 +310,9 @@ async def update_library(
         written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
         changed = _library((await connection.execute(written)).one())
         limits.metadata(changed.metadata, settings)
-        return changed
+        return Answer(changed, status_code=200)
 
-    return await database.retried(engine, change)
+    return await once.run(change)
 
 
 def _changes(data: PatchLibrary, now: Library, settings: Settings) -> dict[str, Any]:
@@ -334,9 +337,14 @@ def _changes(data: PatchLibrary, now: Library, settings: Settings) -> dict[str, 
     summary="Delete a library",
     operation_id="deleteLibrary",
 )
-async def delete_library(library: LibraryName, engine: Engine) -> None:
+async def delete_library(library: LibraryName, once: Write) -> Answer[None]:
     """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
-    await database.run(engine, "select pgshelf.delete_library(%s)", library)
+
+    async def remove(connection: AsyncConnection) -> Answer[None]:
+        await database.rows(connection, "select pgshelf.delete_library(%s)", library)
+        return Answer(None, status_code=204)
+
+    return await once.run(remove, single=True)
 
 
 @get(

@@ -20,6 +20,7 @@ from pgshelf.documents import (
     UpdateDocuments,
 )
 from pgshelf.errors import CODES, RETRY_AFTER
+from pgshelf.events import EventInput, EventTaken
 from pgshelf.facets import FacetsAnswer, FacetsRequest
 from pgshelf.health import Health, Ready
 from pgshelf.http import Page, ProblemBody
@@ -80,6 +81,7 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
         "source": "https://www.postgresql.org/docs/current/sql-vacuum.html",
         "metadata": {"year": 2025},
     },
+    EventInput: {"id": "build-4711", "text": "Build 4711 failed: the disk was full.", "metadata": {"branch": "main"}},
     PatchDocument: {"title": "VACUUM", "metadata": {"year": 2026, "draft": None}},
     PatchChunk: {"text": "VACUUM takes back what dead tuples occupy.", "metadata": {"reviewed": True}},
     SearchRequest: {
@@ -144,6 +146,7 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "estimate": {"rows": 20000, "bytes": 17300000, "memory_bytes": 25300000, "seconds": 6.2},
     },
     Document: DOCUMENT_ANSWER,
+    EventTaken: {"id": "build-4711", "document_id": DOCUMENT, "key": "build-4711", "duplicate": False},
     Chunk: {
         "id": CHUNK,
         "document_id": DOCUMENT,
@@ -220,6 +223,7 @@ SENT = {  # in successful answers, beside what every answer has
     "createLibrary": ["Location"],
     "addDocument": ["Location", "ETag"],
     "putDocument": ["Location", "ETag"],
+    "addEvent": ["Location"],
     "getDocument": ["ETag"],
     "updateDocument": ["ETag"],
 }
@@ -253,6 +257,8 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             response["headers"] = {
                 name: {"description": HEADERS[name][0], "schema": {"type": HEADERS[name][1]}} for name in names
             }
+            if status == "204":
+                response.pop("content", None)  # Litestar's for Answer[None]: there is no body
             _also_msgpack(response.get("content") or {})
     return document
 

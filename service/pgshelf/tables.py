@@ -291,3 +291,29 @@ waiting = Table(
     Index("waiting_due_idx", "due"),
     comment="Libraries that may hold chunks without a vector, by the transaction that wrote them.",
 )
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("scope", Text, nullable=False, server_default="", comment="Whose keys they are."),
+    Column("key", Text, nullable=False),
+    Column("request", LargeBinary, nullable=False, comment="SHA-256 of what was asked for."),
+    Column("status", Integer, comment="Of the answer; null only inside the transaction that does the work."),
+    Column("headers", JSONB),
+    Column("body", LargeBinary, comment="The answer as JSON; null where it has none."),
+    Column("created_at", moment, nullable=False, server_default=now),
+    PrimaryKeyConstraint("scope", "key", name="idempotency_keys_pkey"),
+    Index("idempotency_keys_age_idx", "created_at"),
+    comment="Answers to writes that came with an Idempotency-Key, for when they are sent again.",
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("document_id", UUID(as_uuid=True), nullable=False),
+    Column("hash", LargeBinary, nullable=False, comment="SHA-256 of text and metadata as they were sent first."),
+    PrimaryKeyConstraint("library_id", "key", name="events_pkey"),
+    comment="Events that were taken, so that one that is sent again has no effect.",
+)

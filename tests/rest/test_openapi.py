@@ -14,8 +14,8 @@ from pgshelf.errors import CODES, RETRY_AFTER
 from tests.rest.asking import chunks, ok
 
 ORDER = [  # each needs what those before it made
-    "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "listDocuments",
-    "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk", "search", "searchBatch",
+    "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "addEvent",
+    "listDocuments", "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk", "search", "searchBatch",
     "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex", "queryDocuments", "facets",
     "updateDocuments", "deleteDocuments", "deleteChunk", "deleteDocument", "deleteLibrary",
 ]  # fmt: skip
@@ -103,7 +103,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
     described = await document(client)
     schemas = described["components"]["schemas"]
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
-    answers |= {"DocumentsFound", "Affected", "FacetsAnswer"}
+    answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken"}
     assert answers <= {name for name in schemas if "examples" in schemas[name]}
     for name, schema in schemas.items():
         for value in schema.get("examples", []):
@@ -139,6 +139,7 @@ async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
         "DocumentInput",
         "ChunkInput",
         "PatchDocument",
+        "EventInput",
         "PatchChunk",
         "DocumentQuery",
         "UpdateDocuments",

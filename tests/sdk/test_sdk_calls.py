@@ -89,6 +89,11 @@ CALLS = [
         "update_document", ("handbook", "vacuum"), {"source": "s", "metadata": {"a": {"b": None}}}, DOCUMENT,
         "PATCH /v1/libraries/handbook/documents/vacuum", {"source": "s", "metadata": {"a": {"b": None}}},
     ),
+    (
+        "add_event", ("handbook", "e1", "It happened."), {"metadata": {"n": 1}},
+        {"id": "e1", "document_id": "d", "key": "e1", "duplicate": True},
+        "POST /v1/libraries/handbook/events", {"id": "e1", "text": "It happened.", "metadata": {"n": 1}},
+    ),
     ("get_chunk", ("handbook", "c"), {}, CHUNK, "GET /v1/libraries/handbook/chunks/c", None),
     (
         "get_chunk", ("handbook", "c"), {"include": "embedding"}, CHUNK,

@@ -21,12 +21,14 @@ from pgshelf_client import (
     Retries,
     Unavailable,
 )
+from pgshelf_client._base import KEY, Call
+from pgshelf_client._retry import Attempts
 from tests.sdk.script import CHUNK, DOCUMENT, INDEX, LIBRARY, Answer, Script, ok, problem
 
 Case = tuple[str, tuple[Any, ...], dict[str, Any], httpx2.Response]
 
-# What leaves the server the same when carried out twice.
-REPEATABLE: list[Case] = [
+# What changes nothing, and writes, each of which has an idempotency key.
+READS: list[Case] = [
     ("get_library", ("x",), {}, ok(LIBRARY)),
     ("documents", ("x",), {}, ok({"items": [], "next": None})),
     ("search", ("x", "rows"), {}, ok({"hits": [], "took_ms": 1})),
@@ -37,26 +39,21 @@ REPEATABLE: list[Case] = [
     ("update_documents", ("x", {"a": 1}, {"a": 2}), {"dry_run": True}, ok({"affected": 1})),
     ("delete_documents", ("x", {"a": 1}), {"dry_run": True}, ok({"affected": 1})),
     ("facets", ("x", ["year"]), {}, ok({"facets": {}, "documents": 0})),
-    ("set_index", ("x", "hnsw"), {}, ok(INDEX)),
-    ("add_document", ("x",), {"key": "k", "text": "t"}, ok(DOCUMENT)),
-    ("put_document", ("x", "k"), {"text": "t"}, ok(DOCUMENT)),
-    ("update_document", ("x", "k"), {"title": "t"}, ok(DOCUMENT)),
-    ("update_chunk", ("x", "c"), {"text": "t"}, ok(CHUNK)),
-    ("update_library", ("x",), {"description": "d"}, ok(LIBRARY)),
-    ("delete_document", ("x", "k"), {}, ok(status=204)),
-    ("delete_library", ("x",), {}, ok(status=204)),
-    ("delete_chunk", ("x", "c"), {}, ok(status=204)),
 ]
-# What might be done twice, or be refused the second time.
-ONCE_ONLY: list[Case] = [
+WRITES: list[Case] = [
     ("create_library", ("x",), {}, ok(LIBRARY)),
-    ("add_document", ("x",), {"text": "t"}, ok(DOCUMENT)),
     ("update_library", ("x",), {"name": "y"}, ok(LIBRARY)),
-    ("update_documents", ("x", {"a": 1}, {"a": 2}), {}, ok({"affected": 1})),
-    ("delete_documents", ("x", {"a": 1}), {}, ok({"affected": 1})),
+    ("set_index", ("x", "hnsw"), {}, ok(INDEX)),
+    ("add_document", ("x",), {"text": "t"}, ok(DOCUMENT)),
     ("put_document", ("x", "k"), {"text": "t", "if_match": 1}, ok(DOCUMENT)),
     ("update_document", ("x", "k"), {"title": "t", "if_match": 1}, ok(DOCUMENT)),
+    ("update_chunk", ("x", "c"), {"text": "t"}, ok(CHUNK)),
+    ("update_documents", ("x", {"a": 1}, {"a": 2}), {}, ok({"affected": 1})),
+    ("delete_documents", ("x", {"a": 1}), {}, ok({"affected": 1})),
+    ("add_event", ("x", "e", "t"), {}, ok({"id": "e", "document_id": "d", "key": "e", "duplicate": False}, 202)),
     ("delete_document", ("x", "k"), {"if_match": 1}, ok(status=204)),
+    ("delete_library", ("x",), {}, ok(status=204)),
+    ("delete_chunk", ("x", "c"), {}, ok(status=204)),
 ]
 CALL = ("method", "args", "options", "answer")
 
@@ -82,6 +79,7 @@ NOTHING_DONE: list[Answer] = [
     problem(503, "read_only"),
     problem(503, "storage_full"),
     problem(409, "conflict"),
+    problem(409, "idempotency_key_in_use"),
 ]
 DOUBTFUL: list[Answer] = [
     problem(503, "database_unavailable"),
@@ -98,7 +96,7 @@ def named(value: object) -> str | None:
     return type(value).__name__ if isinstance(value, Exception) else None
 
 
-@pytest.mark.parametrize(CALL, REPEATABLE + ONCE_ONLY)
+@pytest.mark.parametrize(CALL, READS + WRITES)
 @pytest.mark.parametrize("fault", NEVER_SENT + NOTHING_DONE, ids=named)
 async def test_what_the_server_never_did_is_always_sent_again(connect, waits, method, args, options, answer, fault):
     script = Script(fault, fault, answer)
@@ -108,34 +106,47 @@ async def test_what_the_server_never_did_is_always_sent_again(connect, waits, me
     assert len(waits) == 2
 
 
-@pytest.mark.parametrize(CALL, REPEATABLE)
+@pytest.mark.parametrize(CALL, READS + WRITES)
 @pytest.mark.parametrize("fault", LOST + DOUBTFUL, ids=named)
-async def test_what_is_repeatable_is_sent_again_in_doubt(connect, waits, method, args, options, answer, fault):
+async def test_in_doubt_everything_is_sent_again(connect, waits, method, args, options, answer, fault):
     script = Script(fault, answer)
     await getattr(connect(script), method)(*args, **options)
     assert len(script.requests) == 2
 
 
-@pytest.mark.parametrize(CALL, ONCE_ONLY)
-@pytest.mark.parametrize("fault", LOST, ids=named)
-async def test_a_lost_answer_to_anything_else_is_reported_as_unknown(
-    connect, waits, method, args, options, answer, fault
-):
-    script = Script(fault, answer)
-    with pytest.raises(ConnectionFailed, match="the server may have carried it out") as raised:
+@pytest.mark.parametrize(CALL, READS)
+async def test_reads_have_no_idempotency_key(connect, method, args, options, answer):
+    script = Script(answer)
+    await getattr(connect(script), method)(*args, **options)
+    assert KEY not in script.requests[0].headers
+
+
+@pytest.mark.parametrize(CALL, WRITES)
+async def test_each_write_has_a_key_of_its_own_in_all_attempts(connect, waits, method, args, options, answer):
+    script = Script(httpx2.ReadError("reset"), problem(503, "pool_exhausted"), answer, answer)
+    for _ in range(2):
         await getattr(connect(script), method)(*args, **options)
+    first, *again, other = [request.headers[KEY] for request in script.requests]
+    assert again == [first, first] and other != first
+    assert len(first) == 32
+
+
+# A write without a key: nothing here makes one, but a stream cannot be sent twice.
+BARE = Call(method="POST", url="http://x/v1/stream")
+
+
+@pytest.mark.parametrize("fault", LOST, ids=named)
+def test_a_lost_answer_to_a_write_without_a_key_is_reported_as_unknown(fault):
+    with pytest.raises(ConnectionFailed, match="the server may have carried it out") as raised:
+        Attempts(BARE, Retries()).after_failure(fault)
     assert raised.value.outcome_unknown
     assert raised.value.__cause__ is fault
-    assert len(script.requests) == 1
 
 
-@pytest.mark.parametrize(CALL, ONCE_ONLY)
-@pytest.mark.parametrize("fault", DOUBTFUL, ids=named)
-async def test_a_doubtful_refusal_of_anything_else_is_raised(connect, waits, method, args, options, answer, fault):
-    script = Script(fault, answer)
+@pytest.mark.parametrize("answer", DOUBTFUL, ids=named)
+def test_a_doubtful_refusal_of_a_write_without_a_key_is_raised(answer):
     with pytest.raises(ApiError):
-        await getattr(connect(script), method)(*args, **options)
-    assert len(script.requests) == 1
+        Attempts(BARE, Retries()).after_answer(answer)
 
 
 @pytest.mark.parametrize(("status", "code"), FINAL)
@@ -204,32 +215,10 @@ async def test_the_outcome_of_a_read_is_never_in_doubt(connect, waits):
     assert "may have carried" not in str(raised.value)
 
 
-DELETIONS = [
-    ("delete_library", ("x",), "library_not_found"),
-    ("delete_document", ("x", "k"), "document_not_found"),
-    ("delete_chunk", ("x", "c"), "chunk_not_found"),
-]
-
-
-@pytest.mark.parametrize(("method", "args", "code"), DELETIONS)
-@pytest.mark.parametrize("fault", LOST + DOUBTFUL, ids=named)
-async def test_a_repeated_deletion_that_finds_nothing_is_done(connect, waits, method, args, code, fault):
-    script = Script(fault, problem(404, code))
-    assert await getattr(connect(script), method)(*args) is None
-    assert len(script.requests) == 2
-
-
-@pytest.mark.parametrize(("method", "args", "code"), DELETIONS)
-@pytest.mark.parametrize("fault", NEVER_SENT + NOTHING_DONE, ids=named)
-async def test_a_deletion_that_was_not_done_and_finds_nothing_is_not_found(connect, waits, method, args, code, fault):
+async def test_a_repeated_deletion_that_finds_nothing_is_not_found(connect, waits):
+    """Had the first one been carried out, its answer would have been kept."""
     with pytest.raises(NotFound):
-        await getattr(connect(Script(fault, problem(404, code))), method)(*args)
-
-
-@pytest.mark.parametrize("other", [problem(404, "library_not_found"), httpx2.Response(404)], ids=named)
-async def test_a_repeated_deletion_is_not_done_when_something_else_is_missing(connect, waits, other):
-    with pytest.raises(NotFound):
-        await connect(Script(httpx2.ReadError("reset"), other)).delete_document("x", "k")
+        await connect(Script(httpx2.ReadError("reset"), problem(404, "document_not_found"))).delete_document("x", "k")
 
 
 async def test_a_repeated_read_that_finds_nothing_is_not_found(connect, waits):
@@ -302,10 +291,10 @@ async def test_over_a_real_socket_a_connection_cut_after_the_request_is_unknown(
 
     async with await asyncio.start_server(cut, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with AsyncClient(url) as client:
+        async with AsyncClient(url, retries=0) as client:
             with pytest.raises(ConnectionFailed) as raised:
                 await client.create_library("x")
         assert raised.value.outcome_unknown
-        with Client(url) as waiting, pytest.raises(ConnectionFailed) as raised:
+        with Client(url, retries=0) as waiting, pytest.raises(ConnectionFailed) as raised:
             await asyncio.to_thread(waiting.create_library, "x")
         assert raised.value.outcome_unknown

@@ -1,0 +1,100 @@
+"""Writes that may be sent twice: the same Idempotency-Key and the same request get the answer that is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import msgspec
+import psycopg
+from litestar import Request
+from litestar.di import NamedDependency
+from litestar.params import HeaderParameter, SkipValidation
+from litestar.serialization import default_serializer
+from psycopg.types.json import Jsonb
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from pgshelf import database
+from pgshelf.errors import Problem
+from pgshelf.http import Answer, Engine
+
+REPLAYED = "Idempotent-Replayed"
+Key = Annotated[
+    str | None,
+    HeaderParameter(
+        name="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[!-~]+$",
+        description="A name of your choice for this very request, such as a UUID. Sent again with the same key, the "
+        "request is not carried out again: it gets the first answer, marked `Idempotent-Replayed: true`.",
+    ),
+]
+Work = Callable[[AsyncConnection], Awaitable[Answer[Any]]]
+# Whoever comes second waits here until the first has committed and left its answer, or has failed.
+CLAIM = """
+insert into pgshelf.idempotency_keys as k (scope, key, request) values ('', %s, %s)
+on conflict on constraint idempotency_keys_pkey do update set key = excluded.key
+returning k.request, k.status, k.headers, k.body
+"""
+KEPT = "select request, status, headers, body from pgshelf.idempotency_keys where scope = '' and key = %s"
+KEEP = "update pgshelf.idempotency_keys set status = %s, headers = %s, body = %s where scope = '' and key = %s"
+
+
+class Once:
+    """Carries out a request's write, and that once for its Idempotency-Key, if it has one.
+
+    The answer is stored in the write's own transaction: both are there, or neither. What fails is not stored, for
+    nothing was written, so the same key may try again.
+    """
+
+    def __init__(self, engine: AsyncEngine, key: str | None, request: bytes) -> None:
+        self.engine, self.key, self.request = engine, key, request
+
+    async def run(self, work: Work, *, single: bool = False) -> Answer[Any]:
+        """Do `work` in a transaction, or answer what it answered before; `single` as in `database.transaction`."""
+        if self.key is None:
+            return await database.retried(self.engine, work, single=single)
+
+        async def claimed(connection: AsyncConnection) -> Answer[Any]:
+            try:
+                found = (await database.rows(connection, CLAIM, self.key, self.request))[0]
+            except psycopg.errors.LockNotAvailable:
+                detail = "The first request of this key is still being carried out. Try again shortly."
+                raise Problem("idempotency_key_in_use", detail) from None
+            if found[1] is not None:
+                return self._answer(found)
+            answer = await work(connection)
+            body = None if answer.content is None else msgspec.json.encode(answer.content, enc_hook=default_serializer)
+            await database.rows(connection, KEEP, answer.status_code, Jsonb(dict(answer.headers)), body, self.key)
+            return answer
+
+        return await database.retried(self.engine, claimed)
+
+    async def replayed(self) -> Answer[Any] | None:
+        """The stored answer, if there is one: for writes that would prepare at length what was done already."""
+        found = None if self.key is None else await database.run(self.engine, KEPT, self.key)
+        return self._answer(found[0]) if found else None
+
+    def _answer(self, kept: tuple[Any, ...]) -> Answer[Any]:
+        request, status, headers, body = kept
+        if bytes(request) != self.request:
+            detail = "The key came with another request before. A key names one request: take a new one for this."
+            raise Problem("idempotency_key_reused", detail)
+        content = None if body is None else msgspec.Raw(body)
+        return Answer(content, status_code=status, headers=headers | {REPLAYED: "true"})
+
+
+async def once(engine: Engine, request: Request[Any, Any, Any], idempotency_key: Key = None) -> Once:
+    """The dependency `once` of a handler that writes."""
+    digest = hashlib.sha256()
+    if idempotency_key is not None:
+        scope = request.scope
+        target = (request.method, scope["path"], scope["query_string"], request.headers.get("if-match", ""))
+        digest.update(msgspec.msgpack.encode(target))
+        digest.update(await request.body())
+    return Once(engine, idempotency_key, digest.digest())
+
+
+Write = NamedDependency[SkipValidation[Once]]
