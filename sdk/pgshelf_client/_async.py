@@ -339,7 +339,7 @@ class AsyncClient:
     async def import_documents(
         self,
         library: Name,
-        documents: AsyncSource[NewDocument | ExportedDocument | bytes],
+        documents: AsyncSource[NewDocument | ExportedDocument | Mapping[str, Any] | bytes],
         *,
         batch_size: int = 500,
         parallel: int = 2,

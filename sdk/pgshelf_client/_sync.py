@@ -340,7 +340,7 @@ class Client:
     def import_documents(
         self,
         library: Name,
-        documents: Source[NewDocument | ExportedDocument | bytes],
+        documents: Source[NewDocument | ExportedDocument | Mapping[str, Any] | bytes],
         *,
         batch_size: int = 500,
         parallel: int = 2,

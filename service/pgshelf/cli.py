@@ -22,7 +22,7 @@ import msgspec
 import psycopg
 import psycopg.conninfo
 
-from pgshelf import __version__, cli_search, embedded, logs
+from pgshelf import __version__, cli_search, cli_transfer, embedded, logs
 from pgshelf.console import Failure
 from pgshelf.settings import PREFIX, Settings, SettingsError
 
@@ -41,7 +41,7 @@ def main(context: click.Context) -> None:
     context.obj = _settings
 
 
-for command in (cli_search.search, cli_search.index):
+for command in (cli_search.search, cli_search.index, cli_transfer.import_command, cli_transfer.export_command):
     main.add_command(command)
 
 
