@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "workers": ("3", 3, "0"),
     "api_prefix": ("/api/v2", "/api/v2", "v1/"),
     "embedder": ("none", "none", "other"),
+    "embedding_cache_rows": ("0", 0, "-1"),
     "chunk_size": ("500", 500, "49"),
     "chunk_overlap": ("100", 100, "-1"),
     "cohere_api_key": ("a-secret", "a-secret", None),

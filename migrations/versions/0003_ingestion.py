@@ -49,6 +49,21 @@ comment on column pgshelf.events.hash is 'SHA-256 of text and metadata as they w
 """
 
 EMBEDDING = """
+-- vectors that providers made, by a hash of all that decides them; the least recently used go
+create table pgshelf.embedding_cache (
+  key bytea not null,
+  provider text not null,
+  model text not null,
+  embedding @vector@.vector not null,
+  used_at timestamptz not null default now(),
+  constraint embedding_cache_pkey primary key (key)
+);
+create index embedding_cache_used_idx on pgshelf.embedding_cache (used_at);
+comment on table pgshelf.embedding_cache is 'Vectors that providers made; the least recently used go.';
+comment on column pgshelf.embedding_cache.key is
+  'SHA-256 of provider, model, dimension, kind, options and text: see embedding_cache.py.';
+comment on column pgshelf.embedding_cache.used_at is 'Correct to the hour.';
+alter table pgshelf.embedding_cache enable row level security;
 """
 
 NEXT_EMBEDDER = """
@@ -93,6 +108,7 @@ DOWN_NEXT_EMBEDDER = """
 """
 
 DOWN_EMBEDDING = """
+drop table pgshelf.embedding_cache;
 """
 
 DOWN_IDEMPOTENCY = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,7 +13,7 @@ import numpy as np
 from pgvector import Vector
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database
+from pgshelf import database, embedding_cache
 from pgshelf.embedders import (
     Embedder,
     EmbedderError,
@@ -95,19 +95,29 @@ def problem_of(error: EmbedderError, paths: Sequence[str] = ()) -> Problem:
 async def vectors_of(
     engine: AsyncEngine, settings: Settings, embedder: Embedder, texts: Sequence[str], kind: Kind
 ) -> NDArray[np.float32]:
-    """The vectors of texts, one row each; equal texts are asked for once. Raises EmbedderError.
+    """The vectors of texts, one row each, out of the cache or from the provider, who is asked for equal texts once.
 
-    What other batches gave is kept where one fails: nothing that was answered is lost, or asked for again.
+    Raises EmbedderError. What other batches gave is in the cache then: nothing that was answered is asked for again.
     """
-    made: Vectors = {}
+    cached = embedding_cache.used(settings, embedder)
     missing = list(dict.fromkeys(texts))
+    made: Vectors = {}
+    if cached:
+        made = await embedding_cache.look_up(engine, embedder, missing, kind)
+        missing = [text for text in missing if text not in made]
     batches = iter([missing[at : at + embedder.batch] for at in range(0, len(missing), embedder.batch)])
     failures: list[EmbedderError] = []
 
-    async def some() -> None:
+    async def ask(batch: list[str]) -> None:
+        answer = dict(zip(batch, await call(embedder, batch, kind), strict=True))
+        made.update(answer)
+        if cached:
+            await embedding_cache.remember(engine, embedder, answer, kind)
+
+    async def go_through() -> None:
         for batch in batches:
             try:
-                await _fill(made, embedder, batch, kind)
+                await _in_parts(ask, batch)
             except TextRefused as error:
                 failures.append(TextRefused(str(error), texts.index(batch[error.index])))
             except EmbedderError as error:
@@ -115,36 +125,33 @@ async def vectors_of(
             if failures:
                 return
 
-    with stage("embed"):
-        await asyncio.gather(*[some() for _ in range(min(CALLS_AT_ONCE, len(missing)))])
+    if missing:
+        with stage("embed"):
+            await asyncio.gather(*[go_through() for _ in range(min(CALLS_AT_ONCE, len(missing)))])
     if failures:
         raise failures[0]
-    return np.stack([made[text] for text in texts])
+    return np.array([made[text] for text in texts], dtype=np.float32).reshape(len(texts), embedder.dimension)
 
 
-async def _fill(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind) -> None:
-    """Ask for texts; where the provider refuses them without saying which, find the one that TextRefused is about."""
-    try:
-        await _ask(made, embedder, texts, kind)
-    except TextsRefused:
-        await _ask({}, embedder, [HARMLESS], kind)  # else it is not for the texts
-        await _halve(made, embedder, texts, kind, 0)
+async def call(embedder: Embedder, texts: Sequence[str], kind: Kind) -> NDArray[np.float32]:
+    """The one place where a provider is asked, for a batch that it takes."""
+    return await embedder.embed(texts, kind)
 
 
-async def _halve(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind, offset: int) -> None:
-    middle = len(texts) // 2
-    for part, start in ((texts[:middle], offset), (texts[middle:], offset + middle)):
+async def _in_parts(ask: Callable[[list[str]], Awaitable[None]], texts: list[str]) -> None:
+    """Ask for texts; where the provider refuses them and does not say which, TextRefused comes from the one."""
+    parts = [(0, texts)]
+    while parts:
+        start, part = parts.pop()
         try:
-            await _ask(made, embedder, part, kind)
+            await ask(part)
         except TextsRefused as error:
+            if part is texts:
+                await ask([HARMLESS])  # where that is refused, too, it is not for the texts
             if len(part) == 1:
                 raise TextRefused(str(error), start) from error
-            await _halve(made, embedder, part, kind, start)
-
-
-async def _ask(made: Vectors, embedder: Embedder, texts: list[str], kind: Kind) -> None:
-    """The one place where a provider is called."""
-    made.update(zip(texts, await embedder.embed(texts, kind), strict=True))
+            middle = len(part) // 2
+            parts += [(start + middle, part[middle:]), (start, part[:middle])]
 
 
 def text_hash(text: str) -> str:

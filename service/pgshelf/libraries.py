@@ -106,7 +106,7 @@ class CreateLibrary(msgspec.Struct, forbid_unknown_fields=True):
     embedder: Annotated[
         EmbedderChoice | None,
         Meta(
-            description="Who makes the vectors; PGSHELF_EMBEDDER if absent: `cohere` where it has a key, else `local`."
+            description="Who makes the vectors; PGSHELF_EMBEDDER if absent, itself `cohere` with a key, else `local`."
         ),
     ] = None
     dimension: Annotated[

@@ -1,6 +1,6 @@
 """Asking a provider over HTTP: connections, attempts within a deadline, and what a refusal means.
 
-The retries of the providers' own packages know no deadline, and sleep for as long as a Retry-After says. So they are
+The retries of the providers' own packages know no deadline, and sleep for as long as a Retry-After says. So these are
 told to try once, and the retries are here: what cannot be waited for within the timeout is refused at once, with the
 Retry-After that the provider gave.
 """

@@ -42,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
 
     embedder: Annotated[str, Meta(pattern="^(local|cohere|none)$")] | None = None
+    embedding_cache_rows: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 100_000
     chunk_size: Annotated[int, Meta(ge=50, le=20_000)] = 1200
     chunk_overlap: Annotated[int, Meta(ge=0, le=10_000)] = 0
 

@@ -317,3 +317,21 @@ events = Table(
     PrimaryKeyConstraint("library_id", "key", name="events_pkey"),
     comment="Events that were taken, so that one that is sent again has no effect.",
 )
+
+embedding_cache = Table(
+    "embedding_cache",
+    metadata,
+    Column(
+        "key",
+        LargeBinary,
+        nullable=False,
+        comment="SHA-256 of provider, model, dimension, kind, options and text: see embedding_cache.py.",
+    ),
+    Column("provider", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("embedding", VECTOR, nullable=False),
+    Column("used_at", moment, nullable=False, server_default=now, comment="Correct to the hour."),
+    PrimaryKeyConstraint("key", name="embedding_cache_pkey"),
+    Index("embedding_cache_used_idx", "used_at"),
+    comment="Vectors that providers made; the least recently used go.",
+)

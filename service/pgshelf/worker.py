@@ -14,7 +14,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, shelves
+from pgshelf import database, embedding_cache, shelves
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import embedder_of, store, text_hash, vectors_of
 from pgshelf.errors import Problem, problem_of
@@ -105,7 +105,7 @@ async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
 async def reconcile(engine: AsyncEngine, settings: Settings) -> bool | None:
     """One round of everything. Was there something to do? None: a step failed, which keeps no other from running."""
     busy, failed = False, False
-    for step in (embed_pending, fill_attributes, reap):
+    for step in (embed_pending, fill_attributes, reap, embedding_cache.evict):
         try:
             busy = bool(await step(engine, settings)) or busy
         except Exception as error:

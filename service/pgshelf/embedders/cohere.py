@@ -108,7 +108,7 @@ class CohereEmbedder:
         if not binary:
             return unit(NAME, matrix(NAME, found, len(texts), self.dimension))
         packed = matrix(NAME, found, len(texts), self.dimension // 8)
-        if not ((packed % 1 == 0) & (packed >= 0) & (packed < 256)).all():
+        if not ((packed >= 0) & (packed < 256)).all():
             raise EmbedderFailed("Cohere's answer holds binary vectors that are not made of bytes")
         return unit(NAME, np.unpackbits(packed.astype(np.uint8), axis=1).astype(np.float32) * 2 - 1)
 
