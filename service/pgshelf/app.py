@@ -17,12 +17,15 @@ from litestar.router import Router
 
 from pgshelf import (
     __version__,
+    batch,
     chunks,
     database,
     documents,
+    exports,
     facets,
     health,
     http,
+    imports,
     indexes,
     libraries,
     logs,
@@ -68,7 +71,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await providers.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, search.router, indexes.router, facets.router]
+    handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
+    handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
