@@ -74,36 +74,12 @@ create or replace function pgshelf.write_chunks(
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_table text := 'pgshelf.chunks_s' || p_library.shelf;
-  v_old pgshelf.chunks[];
+  v_count int := coalesce(cardinality(p_texts), 0);
   v_pending int;
 begin
-  -- what stays in its place is left alone; what goes is kept at hand, so that a text that only moved keeps its vector
-  execute format($sql$
-    with wanted as (select w.ordinal - 1 as ordinal, w.text, w.embedding, coalesce(w.metadata, '{}') as metadata
-      from unnest($3, $4, $5) with ordinality w(text, embedding, metadata, ordinal)),
-    gone as (delete from %s c where c.library_id = $1 and c.document_id = $2 and not exists (select 1 from wanted w
-      where w.ordinal = c.ordinal and w.text = c.text and w.metadata = c.metadata and w.embedding is null
-        and c.embedding is not null) returning c::pgshelf.chunks as chunk)
-    select array_agg(gone.chunk) from gone $sql$, v_table)
-    into v_old using p_library.id, p_document, p_texts, p_embeddings, p_metadata;
-  execute format($sql$
-    insert into %s (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding, language)
-    select $6, $7, $1, $2, w.ordinal, coalesce(o.id, gen_random_uuid()), w.text, w.metadata, coalesce(w.embedding, o.embedding), $8
-    from (select u.ordinal - 1 as ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata,
-            row_number() over (partition by u.text order by u.ordinal) as nth
-          from unnest($3, $4, $5) with ordinality u(text, embedding, metadata, ordinal)
-          where not exists (select 1 from %1$s c where c.library_id = $1 and c.document_id = $2 and c.ordinal = u.ordinal - 1)) w
-    left join (select x.*, row_number() over (partition by x.text order by x.ordinal) as nth
-               from unnest($9) x) o on o.text = w.text and o.nth = w.nth $sql$, v_table)
-    using p_library.id, p_document, p_texts, p_embeddings, p_metadata, p_library.shelf,
-      pgshelf.place_of(p_library.id, p_document, p_library.fanout), p_library.language, v_old;
-  execute format('select count(*) from %s c where c.library_id = $1 and c.document_id = $2 and c.embedding is null', v_table)
-    into v_pending using p_library.id, p_document;
-  if v_pending > 0 and p_library.embedder ->> 'provider' = 'none' then
-    raise '% of the chunks have no vector, and the library has no embedder to make one', v_pending using errcode = 'PS013',
-      hint = 'Send an embedding with every chunk, or use a library with an embedder.';
-  end if;
+  perform pgshelf.replace_chunks(p_library, array[p_document], array_fill(1, array[v_count]), array(select generate_series(0, v_count - 1)),
+    p_texts, p_embeddings, p_metadata);
+  select p.pending into v_pending from pgshelf.pending_of(p_library, array[p_document]) p;
   perform pgshelf.documents_written(p_library, array[p_document]);
   return v_pending;
 end $$;

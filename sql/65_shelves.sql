@@ -175,7 +175,8 @@ as $$
 begin
   target := pgshelf.index_target(p_library, p_rows, p_promote_at);
   task := case
-    when p_library.shelf = 0 and target is not null then 'promote'
+    when p_library.shelf = 0 and target is not null
+      then case when p_library.index ->> 'type' = 'auto' and pgshelf.importing(p_library.id) then null else 'promote' end
     when p_library.shelf = 0 then null
     when target is null then 'demote'
     -- the rows of an lsh index hold its codes: another one, or none, needs other rows

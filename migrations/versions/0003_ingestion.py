@@ -70,6 +70,27 @@ NEXT_EMBEDDER = """
 """
 
 IMPORTS = """
+-- imports that run, and how far those with a name have come: a line number is committed with what the lines before it wrote
+create table pgshelf.imports (
+  id uuid not null default gen_random_uuid(),
+  library_id uuid not null,
+  name text,
+  runner uuid not null,
+  lines bigint not null default 0,
+  checksum bigint not null default 0,
+  started_at timestamptz not null default now(),
+  written_at timestamptz not null default now(),
+  lease_until timestamptz not null,
+  constraint imports_pkey primary key (id),
+  constraint imports_name_key unique (library_id, name),
+  constraint imports_name_check check (char_length(name) between 1 and 255)
+);
+comment on table pgshelf.imports is 'Imports that run, and how far those with a name have come.';
+comment on column pgshelf.imports.name is 'The Idempotency-Key that it came with; null ends with the import.';
+comment on column pgshelf.imports.runner is 'Who may write for it: a new one each time it is sent.';
+comment on column pgshelf.imports.lines is 'Lines that are committed; the next runner skips them.';
+comment on column pgshelf.imports.checksum is 'CRC-32 of these lines, to tell another file of the same name.';
+comment on column pgshelf.imports.lease_until is 'The runner lives, or had ended then.';
 """
 
 # Everything of sql/ goes, views before functions, all without cascade: whatever depends from outside refuses.
@@ -102,6 +123,7 @@ end $$;
 """
 
 DOWN_IMPORTS = """
+drop table pgshelf.imports;
 """
 
 DOWN_NEXT_EMBEDDER = """

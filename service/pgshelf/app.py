@@ -17,14 +17,17 @@ from litestar.router import Router
 
 from pgshelf import (
     __version__,
+    batch,
     chunks,
     database,
     documents,
     events,
+    exports,
     facets,
     health,
     http,
     idempotency,
+    imports,
     indexes,
     libraries,
     logs,
@@ -70,7 +73,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await providers.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, events.router]
+    handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
+    handlers += [events.router]
     handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],

@@ -22,6 +22,8 @@ CODES: dict[str, tuple[int, str]] = {
     "referenced": (409, "Something else references the document"),
     "version_mismatch": (409, "The document has changed"),
     "too_many_affected": (409, "The change would affect too many documents"),
+    "import_running": (409, "An import of this name is running"),
+    "import_differs": (409, "The import's name was used for other data"),
     "conflict": (409, "The write conflicts with another one"),
     "event_differs": (409, "The event was sent before, and was another"),
     "idempotency_key_reused": (409, "The idempotency key belongs to another request"),
@@ -72,6 +74,7 @@ SQLSTATES: dict[str, str] = {
     "PS020": "version_mismatch",
     "PS021": "too_many_affected",
     "PS022": "event_differs",
+    "PS023": "import_running",
     "PS030": "validation_failed",
     "PS040": "lock_timeout",
     "PS900": "not_migrated",
@@ -181,7 +184,13 @@ def _of_database(error: psycopg.Error) -> Problem:
         return Problem(
             code, f"A value is not allowed: it breaks the rule {error.diag.constraint_name}.", sqlstate=state
         )
-    said = [part.rstrip(".") for part in (error.diag.message_primary, error.diag.message_hint) if part]
+    return problem_of_state(state, error.diag.message_primary, error.diag.message_hint, code)
+
+
+def problem_of_state(state: str, message: str | None, hint: str | None, code: str | None = None) -> Problem:
+    """The problem that a SQLSTATE with its message and hint is to a client."""
+    code = code or SQLSTATES[state]
+    said = [part.rstrip(".") for part in (message, hint) if part]
     return Problem(code, SILENT.get(code, ". ".join(part[0].upper() + part[1:] for part in said) + "."), sqlstate=state)
 
 

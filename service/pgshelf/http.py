@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
+from litestar.response.streaming import ASGIStreamingResponse
 from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -41,6 +42,7 @@ ID = re.compile(
 ANY_VERSION = -1
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
+NDJSON = "application/x-ndjson"
 
 Engine = NamedDependency[SkipValidation[AsyncEngine]]
 Config = NamedDependency[SkipValidation[Settings]]
@@ -154,6 +156,24 @@ class Answer(Response[T]):
         return encode_msgpack(msgspec.json.decode(content) if isinstance(content, msgspec.Raw) else content, enc_hook)
 
 
+class _Duplex(ASGIStreamingResponse):
+    async def send_body(self, send: Send, receive: Receive) -> None:
+        await self._stream(send)
+
+
+class Duplex(Response[Any]):
+    """Lines that are answered while the body is still coming: unlike Litestar's stream it leaves the body to others."""
+
+    def __init__(self, lines: AsyncIterator[bytes]) -> None:
+        super().__init__(b"", media_type=NDJSON)
+        self.lines = lines
+
+    def to_asgi_response(self, app: Any, request: Request[Any, Any, Any], **options: Any) -> Any:
+        """The response that sends the lines."""
+        wanted: dict[str, Any] = {name: options.get(name) for name in ("encoded_headers", "headers", "status_code")}
+        return _Duplex(iterator=self.lines, media_type=NDJSON, **wanted)
+
+
 def render_problem(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemBody]:
     """The exception handler of the whole application."""
     problem = problem_of(error)
@@ -247,7 +267,7 @@ class Edge:
 
 
 def decode_path(app: ASGIApp) -> ASGIApp:
-    """Behind routing: percent-decode path parameters once, and refuse bodies that are neither JSON nor MessagePack."""
+    """Behind routing: percent-decode path parameters once, and refuse bodies of another type than the route takes."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == ScopeType.HTTP:
@@ -287,8 +307,12 @@ def _check_content_type(scope: Any) -> None:
         return  # no body; who needs one says so
     # no type is no JSON: a web page may send such a body anywhere without asking first
     header = headers.get(b"content-type", b"").decode("latin-1")
-    if _media_type(header) not in {"application/json", *MSGPACK_TYPES}:
-        raise Problem("unsupported_media_type", f"Send application/json or application/msgpack, not {header[:100]!r}.")
+    # a route that answers with lines takes lines
+    lines = scope["route_handler"].media_type == NDJSON
+    allowed = {NDJSON} if lines else {"application/json", *MSGPACK_TYPES}
+    if _media_type(header) not in allowed:
+        wanted = NDJSON if lines else "application/json or application/msgpack"
+        raise Problem("unsupported_media_type", f"Send {wanted}, not {header[:100]!r}.")
 
 
 def as_id(text: str) -> uuid.UUID | None:

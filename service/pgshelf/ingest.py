@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -56,10 +55,25 @@ class DocumentInput(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Prepared(msgspec.Struct):
-    """A document that can be written: `parameters` are those of `write_document`, but for the version."""
+    """A document that can be written; vectors that are None are made now or later, `paths` name their texts."""
 
     library: LibraryConfig
-    parameters: tuple[Any, ...]
+    key: str | None
+    title: str | None
+    source: str | None
+    metadata: Jsonb
+    texts: list[str]
+    vectors: list[Vector | None]
+    chunk_metadata: list[Jsonb]
+    paths: list[str]
+    document_id: UUID | None = None
+
+    @property
+    def parameters(self) -> tuple[Any, ...]:
+        """Those of `write_document`, but for the version."""
+        given = self.vectors if any(vector is not None for vector in self.vectors) else None
+        about = (self.library.id, self.document_id, self.key, self.title, self.source, self.metadata)
+        return (*about, self.texts, given, self.chunk_metadata)
 
 
 INLINE_TEXT = 20_000  # characters
@@ -72,13 +86,24 @@ async def prepare(
 ) -> Prepared:
     """Check a document, split its text and, with `wait`, embed what the library does not hold yet."""
     _check(data, document_id, settings)
-    config = await library_config(engine, library)
+    prepared = await _prepared(await library_config(engine, library), settings, data, document_id)
+    if wait and prepared.library.embedder["provider"] != "none":
+        await _embed_new(engine, settings, prepared)
+    return prepared
+
+
+async def checked(config: LibraryConfig, settings: Settings, data: DocumentInput) -> Prepared:
+    """Check one document of many and split its text; nothing is embedded."""
+    _check(data, None, settings)
+    return await _prepared(config, settings, data, None)
+
+
+async def _prepared(
+    config: LibraryConfig, settings: Settings, data: DocumentInput, document_id: UUID | None
+) -> Prepared:
     texts, vectors, metadata, paths = await _passages(data, config, settings)
     about = limits.metadata(data.metadata, settings)
-    if wait and config.embedder["provider"] != "none":
-        await _embed_new(engine, settings, config, document_id, data.key, texts, vectors, paths)
-    given = vectors if any(vector is not None for vector in vectors) else None
-    return Prepared(config, (config.id, document_id, data.key, data.title, data.source, about, texts, given, metadata))
+    return Prepared(config, data.key, data.title, data.source, about, texts, vectors, metadata, paths, document_id)
 
 
 def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) -> None:
@@ -125,25 +150,18 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
     return [chunk.text for chunk in given], vectors, metadata, paths
 
 
-async def _embed_new(
-    engine: AsyncEngine,
-    settings: Settings,
-    config: LibraryConfig,
-    document_id: UUID | None,
-    key: str | None,
-    texts: Sequence[str],
-    vectors: list[Vector | None],
-    paths: Sequence[str],
-) -> None:
+async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared) -> None:
     """Embed, before anything is written, the texts that the stored document does not hold already."""
+    config, texts, vectors = prepared.library, prepared.texts, prepared.vectors
     known: set[str] = set()
-    if document_id is not None or key is not None:
-        rows = await database.run(engine, "select pgshelf.embedded_texts(%s, %s, %s)", config.id, document_id, key)
+    if prepared.document_id is not None or prepared.key is not None:
+        statement = "select pgshelf.embedded_texts(%s, %s, %s)"
+        rows = await database.run(engine, statement, config.id, prepared.document_id, prepared.key)
         known = {text for (text,) in rows}
     missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
     if missing:
-        new, places = [texts[i] for i in missing], [paths[i] for i in missing]
-        made = await embed(engine, settings, config.embedder, new, "document", places)
+        paths = [prepared.paths[index] for index in missing]
+        made = await embed(engine, settings, config.embedder, [texts[i] for i in missing], "document", paths)
         for index, vector in zip(missing, made, strict=True):
             vectors[index] = vector
 

@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
+from pgshelf.batch import AddDocuments, DocumentResults
 from pgshelf.chunks import Chunk, PatchChunk
 from pgshelf.documents import (
     Affected,
@@ -24,6 +25,7 @@ from pgshelf.events import EventInput, EventTaken
 from pgshelf.facets import FacetsAnswer, FacetsRequest
 from pgshelf.health import Health, Ready
 from pgshelf.http import Page, ProblemBody
+from pgshelf.imports import ImportBatch, ImportDone, ImportError
 from pgshelf.index_choice import IndexChoice
 from pgshelf.indexes import Index
 from pgshelf.ingest import DocumentInput
@@ -99,6 +101,12 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
         "sort": [{"field": "year", "order": "desc"}, {"field": "$title"}],
         "limit": 10,
         "total": True,
+    },
+    AddDocuments: {
+        "documents": [
+            {"key": "guide/analyze", "text": "ANALYZE collects statistics about the contents of tables."},
+            {"key": "guide/reindex", "chunks": [{"text": "REINDEX rebuilds an index.", "metadata": {"page": 7}}]},
+        ]
     },
     UpdateDocuments: {
         "filter": {"year": {"$lt": 2026}, "reviewed": {"$exists": False}},
@@ -178,6 +186,41 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     LibrariesAnswer: {"hits": [{**HIT, "library": "handbook"}], "took_ms": 4.1},
     DocumentsFound: {"items": [DOCUMENT_ANSWER], "next": None, "total": 1},
     Affected: {"affected": 12},
+    DocumentResults: {
+        "results": [
+            {"status": 201, "id": DOCUMENT, "key": "guide/analyze"},
+            {
+                "status": 422,
+                "key": "guide/reindex",
+                "error": {"status": 422, "code": "wrong_dimension", "detail": "The vector has 3 dimensions."},
+            },
+        ]
+    },
+    ImportBatch: {
+        "lines": [1, 500],
+        "created": 499,
+        "replaced": 0,
+        "pending": 0,
+        "failed": [
+            {
+                "line": 17,
+                "error": {"status": 400, "code": "validation_failed", "detail": "text: give either text or chunks"},
+            }
+        ],
+    },
+    ImportDone: {
+        "done": True,
+        "lines": 500,
+        "skipped": 0,
+        "created": 499,
+        "replaced": 0,
+        "pending": 0,
+        "failed": 1,
+    },
+    ImportError: {
+        "error": {"status": 503, "code": "storage_full", "detail": "Nothing was written. Free space, then try again."},
+        "committed_lines": 4500,
+    },
     FacetsAnswer: {
         "facets": {"year": [{"value": 2025, "documents": 7}, {"value": 2024, "documents": 5}]},
         "documents": 12,

@@ -335,3 +335,34 @@ embedding_cache = Table(
     Index("embedding_cache_used_idx", "used_at"),
     comment="Vectors that providers made; the least recently used go.",
 )
+
+imports = Table(
+    "imports",
+    metadata,
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("name", Text, comment="The Idempotency-Key that it came with; null ends with the import."),
+    Column(
+        "runner", UUID(as_uuid=True), nullable=False, comment="Who may write for it: a new one each time it is sent."
+    ),
+    Column(
+        "lines",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="Lines that are committed; the next runner skips them.",
+    ),
+    Column(
+        "checksum",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="CRC-32 of these lines, to tell another file of the same name.",
+    ),
+    Column("started_at", moment, nullable=False, server_default=now),
+    Column("written_at", moment, nullable=False, server_default=now),
+    Column("lease_until", moment, nullable=False, comment="The runner lives, or had ended then."),
+    PrimaryKeyConstraint("id", name="imports_pkey"),
+    UniqueConstraint("library_id", "name", name="imports_name_key"),
+    comment="Imports that run, and how far those with a name have come.",
+)

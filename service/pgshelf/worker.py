@@ -102,10 +102,16 @@ async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
     return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
 
 
+async def forget_imports(engine: AsyncEngine, settings: Settings) -> int:
+    """Forget imports that ended long ago."""
+    after = timedelta(seconds=settings.import_retention)
+    return int((await database.run(engine, "select pgshelf.forget_imports(%s)", after))[0][0])
+
+
 async def reconcile(engine: AsyncEngine, settings: Settings) -> bool | None:
     """One round of everything. Was there something to do? None: a step failed, which keeps no other from running."""
     busy, failed = False, False
-    for step in (embed_pending, fill_attributes, reap, embedding_cache.evict):
+    for step in (embed_pending, fill_attributes, reap, embedding_cache.evict, forget_imports):
         try:
             busy = bool(await step(engine, settings)) or busy
         except Exception as error:

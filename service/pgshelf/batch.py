@@ -1,0 +1,95 @@
+"""Several documents in one request, each with a result of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from litestar import Router, post
+from litestar.params import JSONBody
+from msgspec import Meta
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from pgshelf import bulk, database
+from pgshelf.embedding import LibraryConfig, library_config
+from pgshelf.errors import invalid, problem_of
+from pgshelf.http import Config, Engine, LibraryName, Wait, problems
+from pgshelf.ingest import DocumentInput, checked
+from pgshelf.settings import Settings
+
+
+class AddDocuments(msgspec.Struct, forbid_unknown_fields=True):
+    """Several documents, which are written in order."""
+
+    documents: Annotated[
+        Annotated[list[Any], Meta(min_length=1)],
+        Meta(description="At most PGSHELF_MAX_BATCH (100) of them."),
+    ]
+
+
+class DocumentResult(msgspec.Struct, omit_defaults=True):
+    """What became of one document."""
+
+    status: Annotated[int, Meta(description="The status that it would have had alone: 201, 200, 202 or an error's.")]
+    id: Annotated[UUID | None, Meta(description="Its id, where it was written.")] = None
+    key: Annotated[str | None, Meta(description="Its key, if it has one.")] = None
+    error: Annotated[bulk.DocumentProblem | None, Meta(description="Why it was not written.")] = None
+
+
+class DocumentResults(msgspec.Struct):
+    """What became of several documents."""
+
+    results: Annotated[list[DocumentResult], Meta(description="One for each document, in order.")]
+
+
+@post(
+    "/libraries/{library:str}/documents/batch",
+    status_code=200,
+    responses=problems(404, 413, 415),
+    response_description="One result for each document",
+    summary="Add several documents",
+    operation_id="addDocuments",
+)
+async def add_documents(
+    library: LibraryName, data: JSONBody[AddDocuments], engine: Engine, settings: Config, wait: Wait = True
+) -> DocumentResults:
+    """Store several documents as if one by one, in order; one that is refused spoils no other."""
+    if len(data.documents) > settings.max_batch:
+        raise invalid("documents", f"has {len(data.documents)} documents, at most {settings.max_batch} are allowed")
+    config = await library_config(engine, library)
+    items = [bulk.Item(place) for place in range(len(data.documents))]
+    for item, given in zip(items, data.documents, strict=True):
+        await _prepare(item, config, settings, given)
+    if wait and config.embedder["provider"] != "none":
+        problem = await bulk.embed_new(engine, settings, config, items)
+        for item in items:  # alone, those that bring all their vectors would not have met it
+            if problem and item.prepared and any(vector is None for vector in item.prepared.vectors):
+                item.refuse(problem)
+
+    async def write(connection: AsyncConnection) -> None:
+        await bulk.write(connection, config.id, items)
+
+    await database.retried(engine, write)
+    return DocumentResults([_result(item) for item in items])
+
+
+async def _prepare(item: bulk.Item, config: LibraryConfig, settings: Settings, given: Any) -> None:
+    try:
+        document = msgspec.convert(given, DocumentInput)
+        item.key = document.key
+        item.prepared = await checked(config, settings, document)
+    except Exception as error:
+        problem = problem_of(error)
+        if problem.status not in bulk.OWN_STATUSES:
+            raise
+        item.refuse(problem)
+
+
+def _result(item: bulk.Item) -> DocumentResult:
+    if item.problem:
+        return DocumentResult(item.problem.status, key=item.key, error=bulk.told(item.problem))
+    return DocumentResult(202 if item.pending else 201 if item.created else 200, item.id, item.key)
+
+
+router = Router("/", route_handlers=[add_documents], tags=["documents"])

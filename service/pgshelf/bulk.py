@@ -1,0 +1,163 @@
+"""Many documents written in a few statements, none of which a bad one spoils: shared by batches and imports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+import psycopg
+from msgspec import Meta
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from pgshelf import database
+from pgshelf.embedders import TextRefused
+from pgshelf.embedding import LibraryConfig, embed
+from pgshelf.errors import Problem, problem_of, problem_of_state
+from pgshelf.ingest import Prepared
+from pgshelf.settings import Settings
+
+# arrays go in binary (%b): as text they take many times as long
+WRITE = """select n, document_id, created, pending from pgshelf.write_documents(%s, %b::text[], %b::text[], %b::text[],
+%b::jsonb[], %b::int[], %b::int[], %b::text[], %b, %b::jsonb[])"""
+REFUSED = "select n, state, message, hint from pgshelf.refused_documents(%s, %b::text[], %b::int[], %b::int[], %b)"
+VECTOR_STATES = {"PS010", "PS011", "PS012", "PS013"}
+OWN_STATUSES = {400, 413, 422}  # problems of a document itself, which leave all others as they are
+
+
+class FieldProblem(msgspec.Struct):
+    """One finding of a validation: where, and what."""
+
+    path: Annotated[str, Meta(description="Where in the document.")]
+    message: Annotated[str, Meta(description="What is wrong there.")]
+
+
+class DocumentProblem(msgspec.Struct, omit_defaults=True):
+    """Why one document of many was not written; the others are not affected."""
+
+    status: Annotated[int, Meta(description="The status that it would have had alone.")]
+    code: Annotated[str, Meta(description="The stable code of the problem.")]
+    detail: Annotated[str, Meta(description="What is wrong, and what to do.")]
+    errors: Annotated[list[FieldProblem] | None, Meta(description="The fields that are not valid.")] = None
+
+
+def told(problem: Problem) -> DocumentProblem:
+    """A problem as it stands among the results of many documents."""
+    errors = [FieldProblem(**item) for item in problem.errors] if problem.errors else None
+    return DocumentProblem(problem.status, problem.code, problem.detail, errors)
+
+
+class Item(msgspec.Struct):
+    """One document of many: its place among them, and what became of it."""
+
+    place: int
+    key: str | None = None
+    prepared: Prepared | None = None
+    problem: Problem | None = None
+    id: UUID | None = None
+    created: bool = False
+    pending: int = 0
+
+    def refuse(self, problem: Problem) -> None:
+        self.prepared, self.problem = None, problem
+
+
+async def embed_new(
+    engine: AsyncEngine, settings: Settings, config: LibraryConfig, items: Sequence[Item]
+) -> Problem | None:
+    """Embed the texts that neither bring a vector nor have one already; a text that has none refuses its document.
+
+    When the provider fails, nothing is changed and its problem is returned.
+    """
+    able = [(item, item.prepared) for item in items if item.prepared]
+    keys = [item.key for item, _ in able if item.key is not None]
+    rows = await database.run(engine, "select * from pgshelf.embedded_texts_of(%s, %b::text[])", config.id, keys)
+    known = {(key, text) for key, text in rows}
+    missing = [
+        (item, document, index)
+        for item, document in able
+        for index, text in enumerate(document.texts)
+        if document.vectors[index] is None and (item.key, text) not in known
+    ]
+    while missing:
+        texts = [document.texts[index] for _, document, index in missing]
+        paths = [document.paths[index] for _, document, index in missing]
+        try:
+            made = await embed(engine, settings, config.embedder, texts, "document", paths)
+        except Problem as problem:
+            if not isinstance(problem.__cause__, TextRefused):
+                return problem
+            refused = missing[problem.__cause__.index][0]
+            refused.refuse(problem)
+            missing = [entry for entry in missing if entry[0] is not refused]
+        else:
+            for (_, document, index), vector in zip(missing, made, strict=True):
+                document.vectors[index] = vector
+            break
+    return None
+
+
+async def write(connection: AsyncConnection, library: UUID, items: Sequence[Item]) -> None:
+    """Write all documents that can be, within the transaction of `connection`, and note what became of each.
+
+    They are written as if one by one, in order. Raises what is no document's own fault.
+    """
+    wave: list[Item] = []
+    keys: set[str] = set()
+    for item in items:
+        if item.prepared is None:
+            continue
+        if item.key is not None and item.key in keys:  # replaces what this write has just made
+            await _write(connection, library, wave)
+            wave, keys = [], set()
+        if item.key is not None:
+            keys.add(item.key)
+        wave.append(item)
+    await _write(connection, library, wave)
+
+
+async def _write(connection: AsyncConnection, library: UUID, items: Sequence[Item]) -> None:
+    if not items:
+        return
+    columns = _columns(items)
+    try:
+        async with connection.begin_nested():
+            rows = await database.rows(connection, WRITE, library, *columns)
+    except (psycopg.Error, UnicodeError) as error:
+        problem = problem_of(error)
+        if problem.status not in OWN_STATUSES:
+            raise
+        if len(items) == 1:
+            items[0].refuse(problem)
+            return
+        refused = []
+        if problem.sqlstate in VECTOR_STATES:
+            keys, _, _, _, of, ordinals, _, vectors, _ = columns
+            refused = await database.rows(connection, REFUSED, library, keys, of, ordinals, vectors)
+        for n, state, message, hint in refused:
+            items[n - 1].refuse(problem_of_state(state, message, hint))
+        rest = [item for item in items if item.prepared]
+        middle = len(rest) if refused else len(rest) // 2
+        await _write(connection, library, rest[:middle])
+        await _write(connection, library, rest[middle:])
+    else:
+        for n, document_id, created, pending in rows:
+            item = items[n - 1]
+            item.id, item.created, item.pending = document_id, created, pending
+
+
+def _columns(items: Sequence[Item]) -> tuple[list[Any] | None, ...]:
+    documents = [item.prepared for item in items if item.prepared]
+    vectors = [vector for document in documents for vector in document.vectors]
+    return (
+        [document.key for document in documents],
+        [document.title for document in documents],
+        [document.source for document in documents],
+        [document.metadata for document in documents],
+        [n for n, document in enumerate(documents, 1) for _ in document.texts],
+        [ordinal for document in documents for ordinal in range(len(document.texts))],
+        [text for document in documents for text in document.texts],
+        vectors if any(vector is not None for vector in vectors) else None,
+        [metadata for document in documents for metadata in document.chunk_metadata],
+    )

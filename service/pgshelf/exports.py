@@ -1,0 +1,85 @@
+"""Exports: all documents of a library, or those that match a filter, as a stream that an import takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import QueryParameter
+from litestar.response import Stream
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf import database, filters
+from pgshelf.errors import invalid
+from pgshelf.http import NDJSON, Engine, LibraryName, problems
+from pgshelf.ingest import DocumentInput
+
+ROWS = 100  # that are fetched at a time, each a chunk
+FETCH = f"fetch {ROWS} from export"
+Embeddings = Annotated[bool, QueryParameter(description="false leaves the vectors out.")]
+ExportFilter = Annotated[
+    str | None,
+    QueryParameter(
+        name="filter", description="Only documents that match: a filter in JSON, as in searches.", min_length=1
+    ),
+]
+
+
+@get(
+    "/libraries/{library:str}/export",
+    media_type=NDJSON,
+    responses={
+        200: ResponseSpec(DocumentInput, generate_examples=False, media_type=NDJSON, description="A document a line"),
+        **problems(404),
+    },
+    summary="Export documents",
+    operation_id="exportDocuments",
+)
+async def export_documents(
+    library: LibraryName, engine: Engine, embeddings: Embeddings = True, condition: ExportFilter = None
+) -> Stream:
+    """Export documents as they are at one moment, oldest first, each in a line, as an import takes them."""
+    lines = _lines(engine, library, _filter(condition), embeddings)
+    first = await anext(lines)  # what is wrong with the request is a problem and no stream that breaks off
+
+    async def answer() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in lines:
+            yield piece
+
+    return Stream(answer(), media_type=NDJSON)
+
+
+def _filter(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise invalid("filter", f"is not an object in JSON: {error}") from None
+    return filters.parameter(value)
+
+
+async def _lines(engine: AsyncEngine, library: str, condition: Any, embeddings: bool) -> AsyncIterator[bytes]:
+    """The export in pieces; a slow client is waited for, as long as a transaction may idle."""
+    snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
+    async with database.transaction(snapshot) as connection:
+        await database.rows(connection, "select pgshelf.open_export(%s, %s, %s)", library, condition, embeddings)
+        begun, inside = False, False  # whether there is a line before, and whether it has a chunk
+        while rows := await database.rows(connection, FETCH):
+            pieces = []
+            for document, chunk in rows:
+                if document is not None:
+                    pieces.append("]}\n" + document if begun else document)
+                    begun, inside = True, False
+                if chunk is not None:
+                    pieces.append("," + chunk if inside else chunk)
+                    inside = True
+            yield "".join(pieces).encode()
+        yield b"]}\n" if begun else b""
+
+
+router = Router("/", route_handlers=[export_documents], tags=["documents"])
