@@ -16,6 +16,7 @@ from litestar.router import Router
 
 from pgshelf import (
     __version__,
+    changes,
     chunks,
     database,
     documents,
@@ -43,6 +44,7 @@ TAGS = [
     Tag("chunks", "The passages that are searched."),
     Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
+    Tag("changes", "What happens in a library, one after the other."),
     Tag("health", "For load balancers and operators."),
 ]
 
@@ -54,23 +56,25 @@ def create_app(settings: Settings) -> Litestar:
             "create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none"
         )
     engine = database.make_engine(settings, settings.database_url)
+    readers = changes.Readers(engine, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         if settings.embedder != "none":  # load the model before the first request needs it
             await embedder_for(settings.embedder).embed(["pgshelf"], "query")
-        async with worker.running(engine, settings):
+        async with worker.running(engine, settings), changes.waking(readers):
             yield
         await cohere.close()
         await engine.dispose()
 
-    handlers = [libraries.router, documents.router, chunks.router, events.router]
+    handlers = [libraries.router, documents.router, chunks.router, events.router, changes.router]
     handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(lambda: settings, sync_to_thread=False),
+            "readers": Provide(lambda: readers, sync_to_thread=False),
             "once": Provide(idempotency.once),
         },
         dto=http.Body,
