@@ -93,9 +93,14 @@ begin
         select x.id from pgshelf.documents x where x.library_id = v_library limit p_limit - v_gone for update skip locked);
       get diagnostics v_rows = row_count;
       v_gone := v_gone + v_rows;
+      delete from pgshelf.change_log c where (c.library_id, c.id) in (
+        select x.library_id, x.id from pgshelf.change_log x where x.library_id = v_library limit p_limit - v_gone for update skip locked);
+      get diagnostics v_rows = row_count;
+      v_gone := v_gone + v_rows;
       delete from pgshelf.libraries l where l.id in (
         select x.id from pgshelf.libraries x where x.id = v_library
-          and not exists (select 1 from pgshelf.documents d where d.library_id = x.id) for update skip locked);
+          and not exists (select 1 from pgshelf.documents d where d.library_id = x.id)
+          and not exists (select 1 from pgshelf.change_log c where c.library_id = x.id) for update skip locked);
       get diagnostics v_rows = row_count;
       v_gone := v_gone + v_rows;
       if v_rows > 0 then

@@ -90,6 +90,10 @@ begin
         using v_gone.library_id, v_gone.ids;
     end loop;
     delete from pgshelf.attribute_values v where v.library_id = v_gone.library_id and v.document_id = any (v_gone.ids);
+    if v_library.deleted_at is null then
+      insert into pgshelf.change_log (library_id, kind, document_id, key, version)
+        select g.library_id, 'delete', g.id, g.key, g.version from gone g where g.library_id = v_gone.library_id;
+    end if;
     if v_library.moving = 1 then
       insert into pgshelf.move_log (library_id, document_id) select v_gone.library_id, unnest(v_gone.ids);
     end if;

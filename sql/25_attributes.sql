@@ -91,6 +91,8 @@ create or replace function pgshelf.documents_inserted() returns trigger
   language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
+  insert into pgshelf.change_log (library_id, kind, document_id, key, version, created)
+    select f.library_id, 'put', f.id, f.key, f.version, true from fresh f;
   perform pgshelf.lock_attributes(array(select distinct f.library_id from fresh f));
   insert into pgshelf.attribute_values (library_id, document_id, attribute, num, txt, ts, exact)
     select f.library_id, f.id, a.key, r.num, r.txt, r.ts, r.exact
@@ -112,6 +114,10 @@ as $$
 declare
   v_libraries uuid[] := array(select distinct f.library_id from fresh f join gone g on g.id = f.id where f.metadata is distinct from g.metadata);
 begin
+  -- an update that changes nothing, as of a library that moves, is no change
+  insert into pgshelf.change_log (library_id, kind, document_id, key, version, created)
+    select f.library_id, 'put', f.id, f.key, f.version, false from fresh f join gone g on g.id = f.id
+    where f.version <> g.version or (f.key, f.title, f.source, f.metadata) is distinct from (g.key, g.title, g.source, g.metadata);
   if v_libraries = '{}' then
     return null;
   end if;

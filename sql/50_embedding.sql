@@ -95,6 +95,7 @@ begin
     where c.id = x.id and c.library_id = $4 and c.embedding is null and md5(c.text) = x.hash $sql$, v_library.shelf)
     using p_chunks, p_hashes, p_embeddings, p_library;
   get diagnostics v_stored = row_count;
+  perform pgshelf.documents_embedded(p_library, v_documents) where v_stored > 0;
   perform pgshelf.documents_written(v_library, v_documents);
   return v_stored;
 end $$;

@@ -37,6 +37,9 @@ comment on function pgshelf.index_recall(text, int, int) is
 comment on function pgshelf.facets is
   'How many documents have which value, most frequent first: select * from pgshelf.facets(''handbook'', ''{year,lang}'', ''{"$title": {"$ilike": "vac%"}}''). '
   'Attributes are fields of the documents'' metadata or columns such as $source; the elements of an array count one by one.';
+comment on function pgshelf.changes is
+  'What changed in a library, in the order of commits, from behind a position: select * from pgshelf.changes(''handbook'', after => 17). '
+  'Keep the last position and ask again from there. kind is put, delete, embedded or library; positions are given by a running service.';
 comment on function pgshelf.count_documents is 'How many documents of a library match a filter.';
 comment on function pgshelf.update_documents is
   'Changes the metadata of all documents that match a filter by a merge patch (RFC 7396) and returns how many; dry_run only counts. '

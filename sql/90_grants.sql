@@ -10,7 +10,7 @@ begin
     grant select on pgshelf.libraries_overview, pgshelf.documents_view, pgshelf.chunks_view, pgshelf.pending_embeddings, pgshelf.index_status to pgshelf_reader;
     grant execute on function pgshelf.search, pgshelf.search_text, pgshelf.search_hybrid, pgshelf.explain_search, pgshelf.total_hits, pgshelf.library_stats to pgshelf_reader;
     grant execute on function pgshelf.library_index, pgshelf.index_recall to pgshelf_reader;
-    grant execute on function pgshelf.facets, pgshelf.count_documents to pgshelf_reader;
+    grant execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes to pgshelf_reader;
     -- a business table may hold a foreign key to a document
     grant references (id) on pgshelf.documents to pgshelf_reader;
   end if;
@@ -22,7 +22,7 @@ begin
       pgshelf.put_document(text, text, text, text[], jsonb, @vector@.vector[], jsonb[], text),
       pgshelf.delete_document(text, text, bigint) to pgshelf_writer;
     grant execute on function pgshelf.library_index, pgshelf.index_recall to pgshelf_writer;
-    grant execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.update_documents, pgshelf.delete_documents to pgshelf_writer;
+    grant execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes, pgshelf.update_documents, pgshelf.delete_documents to pgshelf_writer;
     grant references (id) on pgshelf.documents to pgshelf_writer;
   end if;
 end $$;

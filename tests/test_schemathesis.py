@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LiveServer
+from tests.conftest import MakeLiveServer
 
 HERE = Path(__file__).parent
 
 
-def test_the_api_is_what_its_schema_says(live_server: LiveServer, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_the_api_is_what_its_schema_says(
+    database_url: str, make_live_server: MakeLiveServer, pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    live_server = make_live_server(
+        database_url, PGSHELF_CHANGES_MAX_WAIT="0.1"
+    )  # it asks for the longest wait there is
     minutes = pytestconfig.getoption("--soak-minutes")
     budget = ["--max-time", str(int(minutes * 60))] if minutes else ["--max-examples", "5", "--max-time", "25"]
     seed = [] if minutes else ["--generation-deterministic"]

@@ -11,7 +11,43 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+# Writers wait from here on, and then meet stubs: whatever commits later is in the feed.
 CHANGES = """
+lock table pgshelf.libraries, pgshelf.documents in share row exclusive mode;
+create or replace function pgshelf.documents_inserted() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create or replace function pgshelf.documents_updated() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create or replace function pgshelf.documents_deleted() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create function pgshelf.library_changed() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+
+create table pgshelf.change_log (
+  library_id uuid not null,
+  id bigint generated always as identity,
+  kind text not null,
+  document_id uuid,
+  key text,
+  version bigint not null,
+  created boolean,
+  position bigint,
+  stamped_at timestamptz,
+  constraint change_log_pkey primary key (library_id, id),
+  constraint change_log_position_key unique (library_id, position),
+  constraint change_log_kind_check check (kind in ('put', 'delete', 'embedded', 'library'))
+);
+create index change_log_unstamped_idx on pgshelf.change_log (library_id, id) where position is null;
+create trigger library_changed after update on pgshelf.libraries for each row
+  when (old.deleted_at is null and new.deleted_at is null
+    and (old.version, old.embedder, old.index_actual) is distinct from (new.version, new.embedder, new.index_actual))
+  execute function pgshelf.library_changed();
+
+comment on table pgshelf.change_log is 'The change feed: what was committed, in its order; pgshelf.changes() reads it.';
+comment on column pgshelf.change_log.id is 'In the order of writing.';
+comment on column pgshelf.change_log.document_id is 'Null where the library itself changed.';
+comment on column pgshelf.change_log.position is
+  'In the order of commits, from 1 for each library; null until it is given.';
 """
 
 IDEMPOTENCY = """
@@ -138,6 +174,9 @@ drop table pgshelf.events, pgshelf.idempotency_keys;
 """
 
 DOWN_CHANGES = """
+drop trigger library_changed on pgshelf.libraries;
+drop function pgshelf.library_changed();
+drop table pgshelf.change_log;
 """
 
 

@@ -18,6 +18,7 @@ from litestar.router import Router
 from pgshelf import (
     __version__,
     batch,
+    changes,
     chunks,
     database,
     documents,
@@ -48,6 +49,7 @@ TAGS = [
     Tag("chunks", "The passages that are searched."),
     Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
+    Tag("changes", "What happens in a library, one after the other."),
     Tag("health", "For load balancers and operators."),
 ]
 
@@ -63,18 +65,19 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         )
     engine = database.make_engine(settings, settings.database_url)
     metrics.observe_pool(engine)
+    readers = changes.Readers(engine, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         if settings.default_embedder == "local":  # load the model before the first request needs it
             await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
-        async with worker.running(engine, settings):
+        async with worker.running(engine, settings), changes.waking(readers):
             yield
         await providers.close()
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
-    handlers += [events.router]
+    handlers += [events.router, changes.router]
     handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
@@ -82,6 +85,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(lambda: settings, sync_to_thread=False),
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
+            "readers": Provide(lambda: readers, sync_to_thread=False),
             "once": Provide(idempotency.once),
         },
         dto=http.Body,

@@ -105,6 +105,7 @@ PROBLEMS = {
     400: "Malformed or invalid",
     404: "Not found",
     409: "Conflict, or a stale If-Match",
+    410: "Not kept any more",
     413: "Too large",
     415: "Content type not supported",
     422: "Well-formed but impossible here",

@@ -10,6 +10,7 @@ from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.batch import AddDocuments, DocumentResults
+from pgshelf.changes import Change, Changes
 from pgshelf.chunks import Chunk, PatchChunk
 from pgshelf.documents import (
     Affected,
@@ -62,6 +63,15 @@ DOCUMENT_ANSWER = {
     "updated_at": "2026-01-05T09:01:00Z",
     "chunks": {"total": 1, "pending": 0, "failed": 0},
     "status": "ready",
+}
+CHANGE: dict[str, Any] = {
+    "cursor": "kgPEEPHZjd09YUhmqR1GW6-5oTE",
+    "kind": "put",
+    "version": 1,
+    "at": "2026-01-05T09:01:00Z",
+    "document_id": DOCUMENT,
+    "key": "guide/vacuum",
+    "created": True,
 }
 BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     CreateLibrary: {
@@ -154,6 +164,8 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "estimate": {"rows": 20000, "bytes": 17300000, "memory_bytes": 25300000, "seconds": 6.2},
     },
     Document: DOCUMENT_ANSWER,
+    Change: CHANGE,
+    Changes: {"items": [CHANGE], "next": CHANGE["cursor"]},
     EventTaken: {"id": "build-4711", "document_id": DOCUMENT, "key": "build-4711", "duplicate": False},
     Chunk: {
         "id": CHUNK,
@@ -302,6 +314,12 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             }
             if status == "204":
                 response.pop("content", None)  # Litestar's for Answer[None]: there is no body
+            if operation["operationId"] == "listChanges" and status == "200":
+                page = response["content"]["application/json"]["schema"]
+                page["$ref"] = "#/components/schemas/Changes"  # Litestar's is one of this and a stream of bytes
+                for other in [key for key in page if key != "$ref"]:
+                    del page[other]
+                response["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Change"}}
             _also_msgpack(response.get("content") or {})
     return document
 

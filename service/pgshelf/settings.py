@@ -62,6 +62,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     worker_attempts: Annotated[int, Meta(ge=1)] = 8
     embed_batch: Annotated[int, Meta(ge=1, le=10_000)] = 256
 
+    changes_retention: Annotated[float, Meta(gt=0)] = 7.0
+    changes_interval: Annotated[float, Meta(gt=0)] = 0.1
+    changes_max_wait: Annotated[float, Meta(ge=0)] = 60.0
+    changes_readers: Annotated[int, Meta(ge=1)] = 1000
+    idempotency_retention: Annotated[float, Meta(gt=0)] = 24.0
+
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
 

@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKeyConstraint,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -365,4 +366,26 @@ imports = Table(
     PrimaryKeyConstraint("id", name="imports_pkey"),
     UniqueConstraint("library_id", "name", name="imports_name_key"),
     comment="Imports that run, and how far those with a name have come.",
+)
+
+change_log = Table(
+    "change_log",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("id", BigInteger, Identity(always=True), nullable=False, comment="In the order of writing."),
+    Column("kind", Text, nullable=False),
+    Column("document_id", UUID(as_uuid=True), comment="Null where the library itself changed."),
+    Column("key", Text),
+    Column("version", BigInteger, nullable=False),
+    Column("created", Boolean),
+    Column(
+        "position",
+        BigInteger,
+        comment="In the order of commits, from 1 for each library; null until it is given.",
+    ),
+    Column("stamped_at", moment),
+    PrimaryKeyConstraint("library_id", "id", name="change_log_pkey"),
+    UniqueConstraint("library_id", "position", name="change_log_position_key"),
+    Index("change_log_unstamped_idx", "library_id", "id", postgresql_where=text("position is null")),
+    comment="The change feed: what was committed, in its order; pgshelf.changes() reads it.",
 )

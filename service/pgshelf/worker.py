@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,10 @@ log = logging.getLogger("pgshelf.worker")
 CLAIM = "select library_id, embedder, chunk_id, text, attempts from pgshelf.claim_pending(%s, %s)"
 # a wait of null gives the chunk up
 FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, %s, %s::float8[])"
+STAMP = "select pgshelf.stamp_all_changes()"
+PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
+PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
+TIDY = 60.0  # seconds between two times
 EXPECTED = (Problem, psycopg.Error)  # the database is away, busy or refuses: the message says enough
 MAX_PAUSE = 10.0  # seconds between two rounds while they fail
 Claimed = tuple[Any, ...]  # a row of CLAIM
@@ -133,10 +138,38 @@ async def _forever(engine: AsyncEngine, settings: Settings) -> None:
         await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
 
+async def tidy(engine: AsyncEngine, settings: Settings) -> int:
+    """Forget a batch of changes and of stored answers that are old enough; returns how many."""
+    changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
+    answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
+    return int(changes[0][0]) + int(answers[0][0])
+
+
+async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
+    """Give changes their positions, for those who read them in SQL, and tidy once a minute."""
+    tidied = -TIDY
+    while True:
+        try:
+            busy = bool((await database.run(engine, STAMP))[0][0])
+            if time.monotonic() - tidied > TIDY:
+                tidied = time.monotonic()
+                while await tidy(engine, settings):
+                    pass
+        except EXPECTED as error:
+            log.debug("keeping house failed, trying again: %s", error)
+            busy = False
+        if not busy:
+            await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+
+
 @contextlib.asynccontextmanager
 async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None]:
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
-    work = [_forever(engine, settings), shelves.forever(settings)] if settings.worker_enabled else []
+    work = (
+        [_forever(engine, settings), _keep_house(engine, settings), shelves.forever(settings)]
+        if settings.worker_enabled
+        else []
+    )
     tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import httpx2
 
-from tests.rest.asking import at, document, library, ok
+from tests.rest.asking import at, library
 
 IMPORT = at("libraries", "shelf", "import")
 EXPORT = at("libraries", "shelf", "export")
