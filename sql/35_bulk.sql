@@ -166,7 +166,10 @@ create or replace function pgshelf.begin_import(p_library uuid, p_name text, p_r
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  insert into pgshelf.imports as i (library_id, name, runner, lease_until) values (p_library, p_name, p_runner, clock_timestamp() + p_lease)
+  -- a client may send its documents as many imports: the first of a row of them is when it began
+  insert into pgshelf.imports as i (library_id, name, runner, lease_until, started_at)
+    select p_library, p_name, p_runner, clock_timestamp() + p_lease, coalesce(min(x.started_at), now()) from pgshelf.imports x
+    where x.library_id = p_library and x.written_at > clock_timestamp() - interval '10 seconds'
     on conflict on constraint imports_name_key do update set runner = excluded.runner, lease_until = excluded.lease_until,
       started_at = excluded.started_at, written_at = excluded.written_at where i.lease_until <= clock_timestamp()
     returning i.id, i.lines, i.checksum into import, lines, checksum;
@@ -190,14 +193,12 @@ begin
   end if;
 end $$;
 
--- Ends an import: one with a name is remembered, so that sending it again writes nothing twice.
+-- Ends an import: it is remembered, so that sending it again under its name writes nothing twice.
 create or replace function pgshelf.end_import(p_import uuid, p_runner uuid) returns void
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language sql set search_path = pg_catalog, pg_temp
 as $$
-begin
-  delete from pgshelf.imports i where i.id = p_import and i.runner = p_runner and i.name is null;
-  update pgshelf.imports i set lease_until = clock_timestamp() where i.id = p_import and i.runner = p_runner;
-end $$;
+  update pgshelf.imports i set lease_until = clock_timestamp() where i.id = p_import and i.runner = p_runner
+$$;
 
 -- Forgets imports that ended long ago, or without a name; tells how many.
 create or replace function pgshelf.forget_imports(p_after interval) returns int
@@ -213,12 +214,12 @@ begin
 end $$;
 
 -- Whether somebody is filling a library: it pays to wait with its move, for an index is built several times faster than it is filled.
--- Only while batches come, and for an hour at most.
+-- Only while batches come, or have just come, and for an hour at most.
 create or replace function pgshelf.importing(p_library uuid) returns boolean
   volatile language sql set search_path = pg_catalog, pg_temp
 as $$
-  select exists (select from pgshelf.imports i where i.library_id = p_library and i.lease_until > clock_timestamp()
-    and i.written_at > clock_timestamp() - interval '10 seconds' and i.started_at > clock_timestamp() - interval '1 hour')
+  select exists (select from pgshelf.imports i where i.library_id = p_library and i.started_at > clock_timestamp() - interval '1 hour'
+    and i.written_at > clock_timestamp() - case when i.lease_until > clock_timestamp() then interval '10 seconds' else '2 seconds' end)
 $$;
 
 -- Opens the cursor `export`: a row for each chunk, in the order of the documents' creation, with the beginning of its document's line
