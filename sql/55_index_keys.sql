@@ -35,9 +35,10 @@ $$;
 -- The expression that an index stores for a vector: the column (embedding, perhaps behind an alias), or the parameter of a query; null for flat.
 -- Cosine distance does not depend on length, so halfvec takes vectors of length 1: nothing overflows or vanishes.
 create or replace function pgshelf.index_key(p_index jsonb, p_metric text, p_dimension int, p_vector text) returns text
-  immutable parallel safe language sql
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-  select case
+begin
+  return case
     when p_index ->> 'type' = 'lsh' then format('(%s::bit(%s))', case when starts_with(p_vector, '$')
       then format('pgshelf.lsh_code(%s, %s)', p_vector, p_index ->> 'serial') else replace(p_vector, 'embedding', 'code') end, p_index ->> 'bits')
     when p_index ->> 'type' = 'kdtree' then pgshelf.kd_point(p_index -> 'axes', p_vector)
@@ -45,8 +46,8 @@ as $$
     when p_index ->> 'storage' = 'vector' then format('(%s::@vector_ident@.vector(%s))', p_vector, p_dimension)
     when p_index ->> 'storage' = 'halfvec' and p_metric = 'cosine'
       then format('(@vector_ident@.l2_normalize(%s)::@vector_ident@.halfvec(%s))', p_vector, p_dimension)
-    when p_index ->> 'storage' = 'halfvec' then format('(%s::@vector_ident@.halfvec(%s))', p_vector, p_dimension) end
-$$;
+    when p_index ->> 'storage' = 'halfvec' then format('(%s::@vector_ident@.halfvec(%s))', p_vector, p_dimension) end;
+end $$;
 
 -- The operator that an index orders by.
 create or replace function pgshelf.index_operator(p_index jsonb, p_metric text) returns text

@@ -206,11 +206,19 @@ end $$;
 create or replace function pgshelf.containment(p_tree jsonb) returns text
   stable language plpgsql
 as $$
+declare
+  v_key text;
+  v_sql text := '';
 begin
-  return case jsonb_typeof(p_tree)
-    when 'string' then p_tree #>> '{}'
-    when 'array' then (select string_agg(x, ' || ') from jsonb_array_elements_text(p_tree) x)
-    else (select string_agg(format('jsonb_build_object(%L::text, %s)', t.key, pgshelf.containment(t.value)), ' || ') from jsonb_each(p_tree) t) end;
+  if jsonb_typeof(p_tree) = 'string' then
+    return p_tree #>> '{}';
+  elsif jsonb_typeof(p_tree) = 'array' then
+    return (select string_agg(x, ' || ') from jsonb_array_elements_text(p_tree) x);
+  end if;
+  for v_key in select jsonb_object_keys(p_tree) loop
+    v_sql := v_sql || format(' || jsonb_build_object(%L::text, %s)', v_key, pgshelf.containment(p_tree -> v_key));
+  end loop;
+  return substr(v_sql, 5);
 end $$;
 
 -- Two trees as one: objects are merged, lists joined. Where both have a leaf the first stays, and the index finds more than matches.
@@ -391,8 +399,12 @@ begin
     end if;
     documents := documents || v_part.documents;
     chunks := chunks || v_part.chunks;
-    indexed := pgshelf.merged(indexed, v_part.indexed);
-    chunks_indexed := pgshelf.merged(chunks_indexed, v_part.chunks_indexed);
+    if v_part.indexed <> '{}' then
+      indexed := pgshelf.merged(indexed, v_part.indexed);
+    end if;
+    if v_part.chunks_indexed <> '{}' then
+      chunks_indexed := pgshelf.merged(chunks_indexed, v_part.chunks_indexed);
+    end if;
     conditions := conditions + v_part.conditions;
   end loop;
   if conditions > 200 then
@@ -503,36 +515,57 @@ begin
   chunks_indexed := case when v_field.on_chunk then v_index else '{}' end;
 end $$;
 
--- Where both attributes and the containment could find the documents, one of them does: together they cost more than they save (measured,
--- 1 % of 16,000 documents: 2 or 3 ms alone, 4 ms both). An attribute that allows few is best; else the containment.
-create or replace function pgshelf.one_index(p_library uuid, p_index jsonb, p_filter jsonb) returns jsonb
+-- What of a filter's index conditions finds its documents, where both attributes and the containment could: one of them does, for together
+-- they cost more than they save. A document that the containment finds costs four times as much as one that an attribute finds, since the
+-- key of its index is computed again. share: the share of documents that fulfil p_documents, known from the same sample.
+create or replace function pgshelf.one_index(p_library uuid, p_index jsonb, p_documents text, p_filter jsonb, out picked jsonb, out share float8)
   stable language plpgsql
 as $$
 declare
-  v_range record;
-  v_few boolean;
+  v_ranges text[];
+  v_contained text;
+  v_most int;
+  v_counts bigint[];
 begin
+  picked := p_index;
   if not (p_index ? 'ranges' and p_index ? 'contained') then
-    return p_index;
+    return;
   end if;
-  for v_range in select r.key, r.value from jsonb_each(p_index -> 'ranges') r loop
-    execute format('select count(*) < 300 from (%s limit 300) x', pgshelf.attribute_set(p_library, v_range.key, v_range.value))
-      into v_few using null::int, p_filter;
-    if v_few then
-      return p_index - 'contained' || jsonb_build_object('ranges', jsonb_build_object(v_range.key, v_range.value));
-    end if;
-  end loop;
-  return p_index - 'ranges';
+  v_ranges := array(select r.key from jsonb_each(p_index -> 'ranges') r);
+  v_contained := pgshelf.containment(p_index -> 'contained');
+  execute format('with s as materialized (%s), m as materialized (select greatest(300, 4 * s.contained)::int as most from s)
+      select s.share, m.most, array[%s] from s, m',
+    -- ids are random numbers: how far the sample reaches tells how many there are
+    pgshelf.document_sample(p_library, format('d.metadata operator(pg_catalog.@>) (select %s) and %s', v_contained, p_documents),
+      format(', count(*) filter (where d.metadata operator(pg_catalog.@>) (select %s))
+        * 4294967296.0::float8 / ((''x'' || left(max(d.id::text), 8))::bit(32)::bigint + 1) as contained', v_contained)),
+    (select string_agg(format('(select count(*) from (%s limit (select m.most from m)) x)',
+        pgshelf.attribute_set(p_library, r, p_index #> array['ranges', r])), ', ') from unnest(v_ranges) r))
+    into share, v_most, v_counts using null::int, p_filter;
+  select jsonb_build_object('ranges', jsonb_build_object(r.key, p_index #> array['ranges', r.key])) into picked
+    from unnest(v_ranges, v_counts) r(key, documents) where r.documents < v_most order by r.documents limit 1;
+  picked := (p_index - 'ranges' - case when picked is null then '' else 'contained' end) || coalesce(picked, '{}');
 end $$;
 
+-- The share of the documents of a library that fulfil a condition, estimated: ids are random, so the first documents in their order are a
+-- random choice.
+create or replace function pgshelf.document_sample(p_library uuid, p_documents text, p_more text default '') returns text
+  stable language sql
+as $$
+  select format('select count(*) filter (where %s)::float8 / greatest(count(*), 1) as share%s
+    from (select d.* from pgshelf.documents d where d.library_id = %L order by d.id limit 200) d', p_documents, p_more, p_library)
+$$;
+
 -- A filter as SQL. documents: what concerns documents alone, over d; chunks: what concerns chunks too, over c and d; both are never
--- null. indexed and chunks_indexed: what an index finds, which is all that matches and sometimes more. A filter of null has none.
+-- null. indexed and chunks_indexed: what an index finds, which is all that matches and sometimes more. share: about how many of the
+-- documents fulfil `documents`, where that is known already. A filter of null has none.
 create or replace function pgshelf.compile_filter(p_library pgshelf.libraries, p_filter jsonb,
-  out documents text, out chunks text, out indexed text, out chunks_indexed text)
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  out documents text, out chunks text, out indexed text, out chunks_indexed text, out share float8)
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_all record;
+  v_one record;
 begin
   documents := 'true'; chunks := 'true'; indexed := 'true'; chunks_indexed := 'true';
   if p_filter is null or p_filter = '{}' then
@@ -541,8 +574,12 @@ begin
   v_all := pgshelf.compile_conjunction(p_library, p_filter, '{}', 0);
   documents := pgshelf.conjunction(v_all.documents);
   chunks := pgshelf.conjunction(v_all.chunks);
-  indexed := pgshelf.index_condition(p_library.id, pgshelf.one_index(p_library.id, v_all.indexed, p_filter), false);
-  chunks_indexed := pgshelf.index_condition(p_library.id, v_all.chunks_indexed, true);
+  v_one := pgshelf.one_index(p_library.id, v_all.indexed, documents, p_filter);
+  share := v_one.share;
+  indexed := pgshelf.index_condition(p_library.id, v_one.picked, false);
+  if v_all.chunks_indexed <> '{}' then
+    chunks_indexed := pgshelf.index_condition(p_library.id, v_all.chunks_indexed, true);
+  end if;
 end $$;
 
 -- A filter as one condition over d, for what is done to documents: a document matches when it does itself, and has a chunk that

@@ -58,36 +58,41 @@ begin
     v_table, p_library.id, p_condition.indexed, p_condition.documents, p_condition.chunks, v_of_library);
 end $$;
 
--- How many candidates an index hands over for a reach, to be ranked again by their vectors: codes are coarse, and behind a filter the
+-- How many candidates an index hands over for a reach of $3, to be ranked again by their vectors: codes are coarse, and behind a filter the
 -- first that come are not always the nearest (measured, 100,000 chunks, topical filters: at 10 % recall is 0.95 with as many as are wanted,
--- 0.98 with three times as many, 0.99 with five times).
-create or replace function pgshelf.index_reach(p_index jsonb, p_filtered boolean) returns text
-  immutable parallel safe language sql
+-- 0.98 with three times as many, 0.99 with five times). p_share is the share of the library that fulfils the filter.
+create or replace function pgshelf.index_reach(p_index jsonb, p_share float8) returns text
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-  select case when p_index ->> 'type' = 'lsh' then 'greatest($3 * 20, 300)' when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
-    when not p_filtered or p_index ->> 'type' = 'kdtree' then '$3'
-    else '$3 * case when y.share >= 0.3 then 2 when y.share >= 0.15 then 3 else 5 end' end
-$$;
+declare
+  -- of codes the more must be ranked again the more chunks there are: recall is 0.97 with 134 of 10,000 and with 300 of 100,000
+  v_codes float8 := round(least(1, ((p_index ->> 'rows')::float8 / 100000) ^ 0.35)::numeric, 2);
+begin
+  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 300) * %s::float8)::int', coalesce(v_codes, 1)) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+    when p_share is null or p_index ->> 'type' = 'kdtree' then '$3'
+    else '$3 * ' || case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end end;
+end $$;
 
 -- Sets what the index scan shall do, in the transaction (the functions that people call put it back), before the scan begins.
--- Over x (share, reach). Under a filter the scan goes on until it has enough (relaxed order, ranked again), but for no longer than
--- looking at every match would take: a step of it costs about twice as much.
-create or replace function pgshelf.tuning(p_index jsonb, p_ef int, p_filtered boolean, p_chunks float8) returns text
-  immutable parallel safe language sql
+-- Under a filter the scan goes on until it has enough (relaxed order, ranked again), but for no longer than looking at every match
+-- would take: a step of it costs about twice as much.
+create or replace function pgshelf.tuning(p_index jsonb, p_ef int, p_share float8, p_chunks float8, p_reach text) returns text
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-  select case when p_index ->> 'type' in ('hnsw', 'lsh') then format(
-      'set_config(''hnsw.iterative_scan'', ''relaxed_order'', true) is not null
-      and set_config(''hnsw.ef_search'', least(greatest(%s, x.reach), 1000)::text, true) is not null
-      and set_config(''hnsw.max_scan_tuples'', %s::int::text, true) is not null',
-      coalesce(p_ef, case when p_index ->> 'type' = 'lsh' then 300 when p_filtered then 200 else 150 end),
-      case when p_filtered then format('least(greatest(5000, 2 * x.reach / x.share, x.share * %s), 40000)', p_chunks)
-        else 'greatest(20000, 2 * x.reach)' end)
+begin
+  return case when p_index ->> 'type' in ('hnsw', 'lsh') then format(
+      '(select set_config(''hnsw.iterative_scan'', ''relaxed_order'', true) is not null
+      and set_config(''hnsw.ef_search'', least(greatest(%s, %s), 1000)::text, true) is not null
+      and set_config(''hnsw.max_scan_tuples'', %s::int::text, true) is not null)',
+      coalesce(p_ef, case when p_index ->> 'type' = 'lsh' then 100 when p_share is null then 150 else 200 end), p_reach,
+      case when p_share is null then format('greatest(20000, 2 * %s)', p_reach)
+        else format('least(greatest(5000, 2 * %s / %s::float8, %s), 40000)', p_reach, p_share, ceil(p_share * p_chunks)) end)
     when p_index ->> 'type' = 'ivfflat' then format(
-      'set_config(''ivfflat.iterative_scan'', ''relaxed_order'', true) is not null
-      and set_config(''ivfflat.probes'', %L, true) is not null and set_config(''ivfflat.max_probes'', %L, true) is not null',
+      '(select set_config(''ivfflat.iterative_scan'', ''relaxed_order'', true) is not null
+      and set_config(''ivfflat.probes'', %L, true) is not null and set_config(''ivfflat.max_probes'', %L, true) is not null)',
       least(coalesce(p_ef, ceil(2 * sqrt((p_index ->> 'lists')::float8))::int), 32768), p_index ->> 'lists')
-    else 'true' end
-$$;
+    else 'true' end;
+end $$;
 
 -- The candidates of a scan of the library's index, nearest first: a query that ends with "limit", behind the one-time condition p_gate.
 create or replace function pgshelf.index_scan(p_library pgshelf.libraries, p_condition record, p_gate text, p_reach text) returns text
@@ -118,55 +123,63 @@ begin
 end $$;
 
 -- The chunks nearest to $1 that fulfil the filter: CTEs, the last one `near` (id, document_id, ordinal, distance), at most $3 rows.
--- With an index: a sample of the library tells the share that matches. When that is few chunks, all of them are looked at (exact);
--- else the index is scanned, and should it not come up with enough, all are looked at after all: no row is ever lost.
-create or replace function pgshelf.vector_candidates(p_library pgshelf.libraries, p_filter jsonb, p_exact boolean, p_ef int) returns text
+-- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
+-- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
+-- at after all: no row is ever lost, whatever the filter's values are when the statement runs.
+create or replace function pgshelf.vector_candidates(
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_index jsonb := p_library.index_actual;
-  v_condition record := pgshelf.compile_filter(p_library, p_filter);
-  v_filtered boolean := v_condition.documents <> 'true' or v_condition.chunks <> 'true';
   v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance %s',
-    pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, v_condition));
+    pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, p_condition));
   v_chunks float8;
+  v_share float8;
+  v_reach text;
 begin
-  if p_exact or v_index ->> 'type' = 'flat' then
+  if not p_exact and v_index ->> 'type' <> 'flat' and (p_condition.documents <> 'true' or p_condition.chunks <> 'true') then
+    v_chunks := (select greatest(c.reltuples, 1) from pg_class c where c.oid = format('pgshelf.chunks_s%s', p_library.shelf)::regclass);
+    v_share := pgshelf.matching_share(p_library, p_condition, p_filter, pgshelf.few(v_chunks, p_reach) / v_chunks);
+  end if;
+  if p_exact or v_index ->> 'type' = 'flat' or v_share * v_chunks <= pgshelf.few(v_chunks, p_reach) then
     return format('near as materialized (%s order by distance, c.id limit $3)', v_exact);
   end if;
-  select greatest(c.reltuples, 1) into v_chunks from pg_class c where c.oid = format('pgshelf.chunks_s%s', p_library.shelf)::regclass;
-  return format($sql$
-    choice as materialized (select x.reach, %s %s as go from (select y.share, (%s)::int as reach from (%s) y) x),
-    nearest as materialized (%s),
-    enough as materialized (select count(*) >= (select k.reach from choice k) as yes from nearest),
-    exact as materialized (%s and not (select e.yes from enough e) order by distance, c.id limit $3),
+  v_reach := pgshelf.index_reach(v_index, v_share);
+  return format($sql$nearest as materialized (%1$s),
+    enough as materialized (select count(*) >= %2$s as yes from nearest),
+    exact as materialized (%3$s and not (select e.yes from enough e) order by distance, c.id limit $3),
     near as (select x.id, x.document_id, x.ordinal, x.distance from (
       select * from exact union all select * from nearest where (select e.yes from enough e)) x
       order by x.distance + 0, x.id limit $3)$sql$,
-    case when v_filtered then format('x.share * %s > %s and', v_chunks, pgshelf.few(v_chunks)) else '' end,
-    pgshelf.tuning(v_index, p_ef, v_filtered, v_chunks), pgshelf.index_reach(v_index, v_filtered),
-    case when v_filtered then pgshelf.sample(p_library, v_condition, v_chunks) else 'select 1 as share' end,
-    pgshelf.index_scan(p_library, v_condition, '(select k.go from choice k)', '(select k.reach from choice k)'), v_exact);
+    pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_ef, v_share, v_chunks, v_reach), v_reach), v_reach, v_exact);
 end $$;
 
--- The share of a library that fulfils a filter, estimated. Ids are random, so the first documents in their order are a random choice,
--- and so are the first chunks.
-create or replace function pgshelf.sample(p_library pgshelf.libraries, p_condition record, p_chunks float8) returns text
+-- The share of a library that fulfils a filter, estimated from a sample of its documents, and of its chunks where the filter is about them
+-- and the documents alone leave more than p_few. What is said of chunks alone is taken to be independent of the rest.
+create or replace function pgshelf.matching_share(p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_few float8) returns float8
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_size int := least(greatest(p_chunks / 2500, 200), 400);
+  v_share float8 := case when p_condition.documents = 'true' then 1 else p_condition.share end;
+  v_chunks float8;
 begin
-  return case when p_condition.chunks = 'true' then
-    format('select count(*) filter (where %s)::float8 / greatest(count(*), 1) as share
-      from (select d.* from pgshelf.documents d where d.library_id = %L order by d.id limit %s) d', p_condition.documents, p_library.id, v_size)
-    else format('select count(*) filter (where %s and %s)::float8 / greatest(count(*), 1) as share
-      from (select c.* from pgshelf.chunks_s%s c order by c.id limit %s) c join pgshelf.documents d on d.id = c.document_id',
-      p_condition.documents, p_condition.chunks, p_library.shelf, v_size) end;
+  if v_share is null then
+    execute pgshelf.document_sample(p_library.id, p_condition.documents) into v_share using null::int, p_filter;
+  end if;
+  if p_condition.chunks = 'true' or v_share <= p_few then
+    return v_share;
+  end if;
+  execute format('select count(*) filter (where %s)::float8 / greatest(count(*), 1)
+    from (select c.* from pgshelf.chunks_s%s c order by c.id limit 200) c %s', p_condition.chunks, p_library.shelf,
+    case when p_condition.chunks ~ '\md\.' then 'join pgshelf.documents d on d.id = c.document_id' else '' end)
+    into v_chunks using null::int, p_filter;
+  return v_share * v_chunks;
 end $$;
 
--- How many matching chunks are looked at one by one rather than through the index. Looking costs 2 to 6 microseconds a chunk; scanning costs
--- 4 for each step, and the fewer match the more steps it takes: both cost the same where share * chunks is about this.
-create or replace function pgshelf.few(p_chunks float8) returns text
+-- How many matching chunks are looked at one by one rather than through the index. The fewer match the more steps a scan takes, and each
+-- costs some ten times as much as looking at a chunk: both cost the same where share * chunks is about this (measured, 100,000 chunks: 9,000),
+-- and looking misses nothing.
+create or replace function pgshelf.few(p_chunks float8, p_reach int) returns float8
   immutable parallel safe language sql
-  as $$ select format('sqrt(16.0 * $3 * %s)', p_chunks) $$;
+  as $$ select sqrt(80.0::float8 * p_reach * p_chunks) $$;

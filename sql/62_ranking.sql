@@ -68,20 +68,21 @@ as $$
     else format('hits as materialized (select r.*, 0 as lead, 0 as nth from %s r where $6::float8 is null or r.score >= $6 order by r.rank limit $8 offset $9)', p_from) end
 $$;
 
--- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both.
-create or replace function pgshelf.candidates(p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text) returns text
+-- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both. Of a vector search the way is chosen
+-- for p_reach candidates.
+create or replace function pgshelf.candidates(
+  p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_near text := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, p_filter, p_exact, p_ef) end;
-  v_condition record;
-  v_words text;
+  v_condition record := pgshelf.compile_filter(p_library, p_filter);
+  v_near text := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, v_condition, p_filter, p_exact, p_ef, p_reach) end;
 begin
-  if p_mode <> 'vector' then
-    v_condition := pgshelf.compile_filter(p_library, p_filter);
-    v_words := pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed, v_condition.chunks_indexed);
+  if p_mode = 'vector' then
+    return v_near;
   end if;
-  return concat_ws(', ', v_near, v_words, case p_mode when 'hybrid' then pgshelf.fusion(p_library.metric, p_fusion) end);
+  return concat_ws(', ', v_near, pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed, v_condition.chunks_indexed),
+    case p_mode when 'hybrid' then pgshelf.fusion(p_library.metric, p_fusion) end);
 end $$;
 
 -- The CTE `ranked`: the candidates of a mode in their order, with score and distance.
@@ -95,27 +96,33 @@ as $$
     else 'ranked as (select f.*, row_number() over (order by f.score desc, f.distance nulls last, f.id) as rank from fused f)' end
 $$;
 
--- The statement that searches a library: mode is vector, text or hybrid, p_filter gives the shape, p_ef overrides ef_search (probes for ivfflat).
+-- The statement that searches a library: mode is vector, text or hybrid, p_ef overrides ef_search (probes for ivfflat). p_filter gives the
+-- shape, and with p_reach the way that is gone. It may be kept and run again, with other values too: p_kept makes it look whether the library
+-- is still where it was. Who runs it in the snapshot in which it was made need not look.
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
-  p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false) returns text
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
+  p_kept boolean default true) returns text
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_plain boolean := p_mode = 'vector' and not p_grouped and not p_diverse;
-  v_parts text[] := array[pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion)];
+  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach);
+  v_score text;
 begin
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
-    v_parts := v_parts || format('hits as materialized (select n.*, %1$s as score from near n
-      where ($5::float8 is null or n.distance <= $5) and ($6::float8 is null or %1$s >= $6) order by n.distance, n.id limit $8 offset $9)',
-      pgshelf.score_expression(p_library.metric));
+    v_score := pgshelf.score_expression(p_library.metric);
+    v_parts := format('%1$s, hits as materialized (select n.*, %2$s as score from near n
+      where ($5::float8 is null or n.distance <= $5) and ($6::float8 is null or %2$s >= $6) order by n.distance, n.id limit $8 offset $9)',
+      v_parts, v_score);
   else
-    v_parts := v_parts || pgshelf.ranking(p_mode, p_library.metric)
-      || case when p_diverse then pgshelf.diversity(v_table, p_library.id) end
-      || pgshelf.selection(case when p_diverse then 'diverse' else 'ranked' end, p_grouped);
+    v_parts := concat_ws(', ', v_parts, pgshelf.ranking(p_mode, p_library.metric),
+      case when p_diverse then pgshelf.diversity(v_table, p_library.id) end,
+      pgshelf.selection(case when p_diverse then 'diverse' else 'ranked' end, p_grouped));
   end if;
+  -- hits come first and are few; offset says so, and spares the planner the search for another order
   return format($sql$with %1$s
 select h.id, h.document_id, d.key, h.ordinal, h.score, h.distance,
   case when 'text' = any ($7) then c.text end,
@@ -126,14 +133,16 @@ select h.id, h.document_id, d.key, h.ordinal, h.score, h.distance,
   case when 'embedding' = any ($7) then c.embedding end,
   %2$s
 from hits h
-join %3$s c on c.library_id = %4$L and c.document_id = h.document_id and c.ordinal = h.ordinal
-join pgshelf.documents d on d.id = h.document_id
-where (select pgshelf.on_shelf(%4$L, %5$s))
+cross join lateral (select c.text, c.metadata, c.embedding from %3$s c
+  where c.library_id = %4$L and c.document_id = h.document_id and c.ordinal = h.ordinal offset 0) c
+cross join lateral (select d.key, d.title, d.source, d.metadata from pgshelf.documents d where d.id = h.document_id offset 0) d
+%5$s
 order by %6$s$sql$,
-    array_to_string(v_parts, ', '),
+    v_parts,
     case when p_mode = 'vector' then 'null::text'
       else format('case when ''highlight'' = any ($7) then
-        pgshelf.highlight(%L, c.text, (select q.scored from w_typed q), (select q.required from w_typed q)) end', p_library.language) end, v_table, p_library.id, p_library.shelf,
+        pgshelf.highlight(%L, c.text, (select q.scored from w_typed q), (select q.required from w_typed q)) end', p_library.language) end, v_table, p_library.id,
+    case when p_kept then format('where (select pgshelf.on_shelf(%L, %s))', p_library.id, p_library.shelf) else '' end,
     case when v_plain then 'h.distance, h.id' else 'h.lead, h.nth, h.rank' end);
 end $$;
 
@@ -201,7 +210,7 @@ create or replace function pgshelf.search(
   returns table (chunk_id uuid, document_id uuid, key text, ordinal int, score float8, distance float8, text text,
     metadata jsonb, title text, source text, document_metadata jsonb, chunk_embedding @vector@.vector, highlight text)
   stable security definer language plpgsql
-  set search_path = pg_catalog, pg_temp set jit = off set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
+  set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
   set hnsw.max_scan_tuples = 20000 set ivfflat.iterative_scan = relaxed_order set ivfflat.probes = 1 set ivfflat.max_probes = 32768
 as $$
 #variable_conflict use_column
@@ -215,11 +224,11 @@ begin
     raise 'embedding is null; a search needs a vector' using errcode = 'PS030';
   end if;
   perform pgshelf.check_vector(search.embedding, v_library.dimension, v_library.metric, 'of the query');
-  v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
-    search.group_by is not null, search.mmr_lambda is not null);
   v_reach := pgshelf.reach('vector', search.k + search.offset, search.group_by is not null, search.group_size, search.mmr_lambda, search.mmr_candidates);
+  v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
+    search.group_by is not null, search.mmr_lambda is not null, v_reach, false);
   if search.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf'), 'vector',
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach), 'vector',
       v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
   return query execute v_statement using search.embedding, search.filter, v_reach, null::text, search.max_distance, search.min_score, search.include,
@@ -233,7 +242,7 @@ create or replace function pgshelf.search_text(
   group_by text default null, group_size int default 1, mmr_lambda float8 default null, mmr_candidates int default null)
   returns table (chunk_id uuid, document_id uuid, key text, ordinal int, score float8, distance float8, text text,
     metadata jsonb, title text, source text, document_metadata jsonb, chunk_embedding @vector@.vector, highlight text)
-  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off
+  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -246,12 +255,12 @@ begin
   if search_text.query is null then
     raise 'query is null; a search by words needs a text' using errcode = 'PS030';
   end if;
-  v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
-    search_text.mmr_lambda is not null);
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates);
+  v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
+    search_text.mmr_lambda is not null, v_reach, false);
   if search_text.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf'), 'text',
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach), 'text',
       v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}');
   end if;
   return query execute v_statement using null::@vector@.vector, search_text.filter, v_reach, search_text.query, null::float8, search_text.min_score,
@@ -267,7 +276,7 @@ create or replace function pgshelf.search_hybrid(
   returns table (chunk_id uuid, document_id uuid, key text, ordinal int, score float8, distance float8, text text,
     metadata jsonb, title text, source text, document_metadata jsonb, chunk_embedding @vector@.vector, highlight text)
   stable security definer language plpgsql
-  set search_path = pg_catalog, pg_temp set jit = off set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
+  set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
   set hnsw.max_scan_tuples = 20000 set ivfflat.iterative_scan = relaxed_order set ivfflat.probes = 1 set ivfflat.max_probes = 32768
 as $$
 #variable_conflict use_column
@@ -284,13 +293,13 @@ begin
       hint = 'Use search for a vector alone and search_text for words alone.';
   end if;
   perform pgshelf.check_vector(search_hybrid.embedding, v_library.dimension, v_library.metric, 'of the query');
-  v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
-    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null);
   v_reach := greatest(pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     search_hybrid.mmr_lambda, coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates)), search_hybrid.candidates);
+  v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
+    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false);
   if search_hybrid.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
-      search_hybrid.ef_search, search_hybrid.fusion), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
+      search_hybrid.ef_search, search_hybrid.fusion, v_reach), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
       search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
   end if;
   return query execute v_statement using search_hybrid.embedding, search_hybrid.filter, v_reach, search_hybrid.query, search_hybrid.max_distance,
@@ -314,7 +323,7 @@ end $$;
 
 -- How many chunks a search could find: those that match the filter and, given a query, hold its words; without one, that have a vector.
 create or replace function pgshelf.total_hits(library text, filter jsonb default null, query text default null) returns bigint
-  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off
+  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare

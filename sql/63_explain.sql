@@ -35,7 +35,7 @@ create or replace function pgshelf.explain_search(
   library text, embedding @vector@.vector default null, query text default null, k int default 10, "offset" int default 0,
   filter jsonb default null, exact boolean default false, ef_search int default null) returns jsonb
   volatile security definer language plpgsql
-  set search_path = pg_catalog, pg_temp set jit = off set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
+  set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan set hnsw.iterative_scan = relaxed_order set hnsw.ef_search = 40
   set hnsw.max_scan_tuples = 20000 set ivfflat.iterative_scan = relaxed_order set ivfflat.probes = 1 set ivfflat.max_probes = 32768
 as $$
 #variable_conflict use_column
@@ -53,7 +53,8 @@ begin
   elsif explain_search.embedding is not null then
     perform pgshelf.check_vector(explain_search.embedding, v_library.dimension, v_library.metric, 'of the query');
   end if;
-  v_statement := pgshelf.search_statement(v_library, v_mode, explain_search.filter, explain_search.exact, explain_search.ef_search);
+  v_statement := pgshelf.search_statement(v_library, v_mode, explain_search.filter, explain_search.exact, explain_search.ef_search,
+    p_reach => v_reach, p_kept => false);
   execute 'explain (analyze, format json) ' || v_statement into v_plan
     using explain_search.embedding, explain_search.filter, v_reach, explain_search.query, null::float8, null::float8, '{text}'::text[],
       explain_search.k, explain_search.offset, 60, '{1,1}'::float8[], 1, null::float8;

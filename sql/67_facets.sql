@@ -53,7 +53,7 @@ end $$;
 -- How many of the documents that match a filter have which value of some attributes, most frequent first, then by value.
 create or replace function pgshelf.facets(library text, attributes text[], filter jsonb default null, "limit" int default 10)
   returns table (attribute text, value jsonb, documents bigint)
-  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off
+  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -72,7 +72,7 @@ end $$;
 
 -- How many documents match a filter.
 create or replace function pgshelf.count_documents(library text, filter jsonb default null) returns bigint
-  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off
+  stable security definer language plpgsql set search_path = pg_catalog, pg_temp set jit = off set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(library);

@@ -1,4 +1,5 @@
-"""How searches run, read from EXPLAIN: which index, and which branch is never executed; for every kind of index."""
+"""How searches run, read from EXPLAIN: which index, and which way is not even planned or never executed; for every kind
+of index."""
 
 from __future__ import annotations
 
@@ -150,8 +151,24 @@ def test_where_most_match_the_index_answers_alone(connection: Connection, librar
     assert ran(branch(found, "exact"), "chunks_s") == []
     looked = ran(branch(found, "nearest"), "documents")
     assert {node["Index Name"] for node in looked} == {"documents_pkey"}
-    (sampled,) = ran(branch(found, "choice"), "documents")
-    assert sampled["Actual Rows"] <= 400
+
+
+def test_what_the_choice_costs_is_bounded(connection: Connection) -> None:
+    """The way is chosen from a few documents, read in the order of an index, however many match."""
+    row = connection.execute(
+        """select pgshelf.document_sample(l.id, (pgshelf.compile_filter(l, %s)).documents)
+        from pgshelf.libraries l where l.name = 'halfvec'""",
+        [Jsonb(MANY)],
+    ).fetchone()
+    assert row is not None
+    connection.execute(f"prepare sampling (int, jsonb) as {row[0]}".encode())
+    call = f"execute sampling (null, '{json.dumps(MANY)}')"
+    found = connection.execute(f"explain (analyze, format json) {call}".encode()).fetchone()
+    share = connection.execute(call.encode()).fetchone()
+    assert found is not None and share is not None
+    (sampled,) = ran(found[0][0]["Plan"], "documents")
+    assert (sampled["Index Name"], sampled["Actual Rows"]) == ("documents_sample_idx", 200)
+    assert 0.5 < share[0] < 0.85
 
 
 @pytest.mark.parametrize("library", INDEXED)
@@ -163,12 +180,47 @@ def test_where_few_match_all_are_looked_at(
     connection: Connection, library: str, condition: dict[str, Any], index: str
 ) -> None:
     found = plan(connection, library, condition)
-    assert ran(branch(found, "nearest"), "chunks_s") == []
-    exact = branch(found, "exact")
-    assert index in {node.get("Index Name") for node in nodes(exact) if node["Actual Loops"] > 0}
     shelf = vector_index(connection, library).split("_v")[0]
+    assert vector_index(connection, library) not in {node.get("Index Name") for node in nodes(found)}
+    exact = branch(found, "near")
+    assert index in {node.get("Index Name") for node in nodes(exact) if node["Actual Loops"] > 0}
     assert [node["Index Name"] for node in ran(exact, "chunks_s")] == [f"{shelf}_pkey"]
     assert exact["Actual Rows"] == (0 if condition is NONE else 10)
+
+
+BOTH_FEW = {"$and": [{"most": True}, {"number": {"$lt": 40}}]}
+BOTH_RARE = {"rare": "yes", "number": {"$gte": 10}}
+
+
+@pytest.mark.parametrize(
+    ("condition", "index"), [(BOTH_FEW, "attribute_values_num_idx"), (BOTH_RARE, "documents_metadata_idx")]
+)
+def test_of_two_indexes_the_cheaper_finds_the_documents(
+    connection: Connection, condition: dict[str, Any], index: str
+) -> None:
+    found = plan(connection, "halfvec", condition)
+    used = {node.get("Index Name") for node in nodes(branch(found, "near")) if node["Actual Loops"] > 0}
+    assert used & {"attribute_values_num_idx", "documents_metadata_idx"} == {index}
+
+
+def test_a_statement_for_few_finds_what_other_values_match(connection: Connection) -> None:
+    """A statement may be kept; the way that it goes is slower for other values, its rows are the same."""
+    for made_for, asked in ((NONE, {"rare": "yes"}), ({"most": True}, {"most": False}), ({"most": True}, {"most": 5})):
+        row = connection.execute(
+            "select pgshelf.search_statement(l, 'vector', %s) from pgshelf.libraries l where l.name = 'halfvec'",
+            [Jsonb(made_for)],
+        ).fetchone()
+        assert row is not None
+        connection.execute("deallocate all")
+        connection.execute(f"prepare kept ({TYPES}) as {row[0]}".encode())
+        values = f"'[0.1,0.2,-0.3,0.4]', '{json.dumps(asked)}', 10, null, null, null, '{{}}', 10, 0, 60, null, 1, null"
+        kept = connection.execute(f"execute kept ({values})".encode()).fetchall()
+        true = connection.execute(
+            """select s.chunk_id from pgshelf.search('halfvec', '[0.1,0.2,-0.3,0.4]', filter => %s, exact => true) s""",
+            [Jsonb(asked)],
+        ).fetchall()
+        assert len(kept) == len(true)
+        assert len({row[0] for row in kept} & {row[0] for row in true}) >= 0.9 * len(true)
 
 
 def test_a_flat_library_has_one_branch(connection: Connection) -> None:

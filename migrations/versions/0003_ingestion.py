@@ -129,6 +129,19 @@ comment on column pgshelf.imports.checksum is 'CRC-32 of these lines, to tell an
 comment on column pgshelf.imports.lease_until is 'The runner lives, or had ended then.';
 """
 
+# Functions of sql/ that now take or return something else: `create or replace` would leave the old ones beside the new.
+SEARCH = """
+drop function if exists pgshelf.search_statement(pgshelf.libraries, text, jsonb, boolean, int, text, boolean, boolean);
+drop function if exists pgshelf.candidates(pgshelf.libraries, text, jsonb, boolean, int, text);
+drop function if exists pgshelf.vector_candidates(pgshelf.libraries, jsonb, boolean, int);
+drop function if exists pgshelf.sample(pgshelf.libraries, record, float8);
+drop function if exists pgshelf.few(float8);
+drop function if exists pgshelf.tuning(jsonb, int, boolean, float8);
+drop function if exists pgshelf.index_reach(jsonb, boolean);
+drop function if exists pgshelf.compile_filter(pgshelf.libraries, jsonb);
+drop function if exists pgshelf.one_index(uuid, jsonb, jsonb);
+"""
+
 # Everything of sql/ goes, views before functions, all without cascade: whatever depends from outside refuses.
 DOWN = """
 -- in the order of writers, who wait from here on
@@ -181,7 +194,7 @@ drop table pgshelf.change_log;
 
 
 def upgrade() -> None:
-    for part in (CHANGES, IDEMPOTENCY, EMBEDDING, NEXT_EMBEDDER, IMPORTS):
+    for part in (CHANGES, IDEMPOTENCY, EMBEDDING, NEXT_EMBEDDER, IMPORTS, SEARCH):
         run(part)
 
 
