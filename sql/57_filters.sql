@@ -516,7 +516,7 @@ begin
 end $$;
 
 -- What of a filter's index conditions finds its documents, where both attributes and the containment could: one of them does, for together
--- they cost more than they save. A document that the containment finds costs four times as much as one that an attribute finds, since the
+-- they cost more than they save. A document that the containment finds costs more than twice as much as one that an attribute finds, since the
 -- key of its index is computed again. share: the share of documents that fulfil p_documents, known from the same sample.
 create or replace function pgshelf.one_index(p_library uuid, p_index jsonb, p_documents text, p_filter jsonb, out picked jsonb, out share float8)
   stable language plpgsql
@@ -533,7 +533,7 @@ begin
   end if;
   v_ranges := array(select r.key from jsonb_each(p_index -> 'ranges') r);
   v_contained := pgshelf.containment(p_index -> 'contained');
-  execute format('with s as materialized (%s), m as materialized (select greatest(300, 4 * s.contained)::int as most from s)
+  execute format('with s as materialized (%s), m as materialized (select greatest(300, 2 * s.contained)::int as most from s)
       select s.share, m.most, array[%s] from s, m',
     -- ids are random numbers: how far the sample reaches tells how many there are
     pgshelf.document_sample(p_library, format('d.metadata operator(pg_catalog.@>) (select %s) and %s', v_contained, p_documents),
