@@ -249,8 +249,12 @@ def main() -> None:
     """Load, measure, print."""
     parser = _corpus.options(__doc__)
     parser.add_argument("--cells", default="", help='only cells that have all these words: "p10 topical"')
+    parser.add_argument("--quick", action="store_true", help="20,000 chunks, 20 queries, equality and mixed only")
     parser.add_argument("--ef", type=int, default=160, help="hnsw.ef_search of plain pgvector")
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.chunks, chosen.queries = 20_000, 20
+    kinds = ("equality", "mixed") if chosen.quick else KINDS
     corpus = _corpus.chosen(chosen)
     with _corpus.database() as connection:
         library = _corpus.load(connection, corpus, "corpus")
@@ -261,7 +265,7 @@ def main() -> None:
             cell(corpus, library, share, scatter, kind)
             for share in SHARES
             for scatter in get_args(Scatter)
-            for kind in KINDS
+            for kind in kinds
             if wanted <= {share, scatter, kind}
         ]
         strategies(connection, cells, corpus)

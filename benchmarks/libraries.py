@@ -1,7 +1,8 @@
 """Many libraries side by side: 5,000, of them 1,000 with a shelf of their own.
 
 Creating one more, searching one, and a connection's first search are to stay under 50 ms; prepared statements of the
-service and of an application must never meet a generic plan, which would lock every shelf.
+service and of an application must never meet a generic plan, which would lock every shelf. Making a thousand shelves
+takes some minutes; --quick makes a tenth of all. --cpu is for machines that others use too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def main() -> None:
     parser.add_argument("--libraries", type=int, default=5000)
     parser.add_argument("--promoted", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="500 libraries, 100 promoted")
+    parser.add_argument("--cpu", action="store_true", help="the server's CPU time, not the client's clock (Linux)")
     options = parser.parse_args()
+    if options.quick:
+        options.libraries, options.promoted = 500, 100
     with tempfile.TemporaryDirectory() as folder:
         server = embedded.start(Path(folder), 18)
         try:
@@ -89,9 +94,7 @@ def measure(url: str, options: argparse.Namespace) -> None:
 
     def first(library: str) -> None:
         with psycopg.connect(url, autocommit=True) as connection:
-            started = time.perf_counter()
-            search(connection, library, vector())
-            times.append((time.perf_counter() - started) * 1000)
+            times.extend(timed(clock(connection, options.cpu), 1, lambda: search(connection, library, vector())))
 
     results: dict[str, list[float]] = {}
     for name, low, high in (("shared", options.promoted + 1, options.libraries), ("own", 1, options.promoted)):
@@ -101,28 +104,50 @@ def measure(url: str, options: argparse.Namespace) -> None:
         results[f"first search of a connection, {name} shelf"] = times
         with psycopg.connect(url, autocommit=True) as connection:
             results[f"search, {name} shelf"] = timed(
+                clock(connection, options.cpu),
                 rounds,
                 lambda: search(connection, f"library {random.integers(low, high + 1)}", vector()),  # noqa: B023 - run at once
             )
     with psycopg.connect(url, autocommit=True) as connection:
-        results["create a library"] = timed(rounds, lambda: create(connection))
+        now = clock(connection, options.cpu)
+        results["create a library"] = timed(now, rounds, lambda: create(connection))
         connection.execute("set plan_cache_mode = force_generic_plan")
         results["search by an application that insists on generic plans"] = timed(
-            rounds, lambda: search(connection, f"library {random.integers(1, options.libraries + 1)}", vector(), True)
+            now,
+            rounds,
+            lambda: search(connection, f"library {random.integers(1, options.libraries + 1)}", vector(), True),
         )
     results["promote one more library"] = [promote(url) for _ in range(3)]
+    print(f"milliseconds by {'the CPU time of the server' if options.cpu else 'the clock of the client'}")
     print(f"| {'':55} | {'median ms':>9} | {'max ms':>7} | under {LIMIT_MS:.0f} |")
+    missed = 0
     for name, found in results.items():
         kept = "-" if name.startswith("promote") else "yes" if statistics.median(found) < LIMIT_MS else "NO"
+        missed += kept == "NO"
         print(f"| {name:55} | {statistics.median(found):9.2f} | {max(found):7.2f} | {kept:>8} |")
+    print("MISSED" if missed else "all goals are kept")
 
 
-def timed(rounds: int, call: Callable[[], Any]) -> list[float]:
+def clock(connection: psycopg.Connection[Any], cpu: bool) -> Callable[[], int]:
+    """Nanoseconds now: of this process's clock, or those that the server's process has spent computing."""
+    if not cpu:
+        return time.perf_counter_ns
+    accounts = Path(f"/proc/{connection.info.backend_pid}/schedstat")
+
+    def spent() -> int:
+        time.sleep(0.0005)  # until the server's process waits again, and its time is booked
+        return int(accounts.read_text().split()[0])
+
+    return spent
+
+
+def timed(now: Callable[[], int], rounds: int, call: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each of some calls."""
     found = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = now()
         call()
-        found.append((time.perf_counter() - started) * 1000)
+        found.append((now() - started) / 1e6)
     return found
 
 

@@ -1,13 +1,13 @@
 """Changing the metadata of 10,000 documents: in a library with an hnsw index, and in one without, side by side.
 
 Metadata lives on documents, which no vector index covers, so both are to take the same time (goal: 1.5 times at most).
-By one filter, and by one PATCH for each document. Starts a PostgreSQL of its own; about a minute.
+By one filter, and by one PATCH for each document; the best of some rounds counts. Starts a PostgreSQL of its own;
+about a minute.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="2,000 documents, one round")
     options = parser.parse_args()
+    if options.quick:
+        options.documents, options.rounds = 2_000, 1
     with tempfile.TemporaryDirectory() as folder:
         server = embedded.start(Path(folder), 18)
         try:
@@ -68,12 +71,14 @@ def fill(connection: psycopg.Connection[Any], index: str, documents: int) -> Non
 
 
 def measure(connection: psycopg.Connection[Any], options: argparse.Namespace) -> None:
-    """Print the seconds of both, and their ratio."""
+    """Print the seconds of both, and their ratio; the goal holds for each way."""
     spent: dict[tuple[str, str], list[float]] = {}
     for turn in range(options.rounds):
         for library in ("flat", "hnsw"):
             started = time.perf_counter()
-            connection.execute("select pgshelf.update_documents(%s, %s, %s)", [library, ALL, Jsonb({"year": 2000 + turn})])
+            connection.execute(
+                "select pgshelf.update_documents(%s, %s, %s)", [library, ALL, Jsonb({"year": 2000 + turn})]
+            )
             spent.setdefault(("by filter", library), []).append(time.perf_counter() - started)
             started = time.perf_counter()
             for key in range(1, options.documents + 1):
@@ -83,7 +88,7 @@ def measure(connection: psycopg.Connection[Any], options: argparse.Namespace) ->
                 )
             spent.setdefault(("by PATCH, each", library), []).append(time.perf_counter() - started)
     for way in ("by filter", "by PATCH, each"):
-        flat, hnsw = (statistics.median(spent[way, library]) for library in ("flat", "hnsw"))
+        flat, hnsw = (min(spent[way, library]) for library in ("flat", "hnsw"))
         kept = "kept" if hnsw <= GOAL * flat else "MISSED"
         print(
             f"{options.documents} documents {way:15} flat {flat:6.2f} s, hnsw {hnsw:6.2f} s: {hnsw / flat:.2f} ({kept})"
