@@ -61,14 +61,15 @@ end $$;
 -- How many candidates an index hands over for a reach of $3, to be ranked again by their vectors: codes are coarse, and behind a filter the
 -- first that come are not always the nearest (measured, 100,000 chunks, topical filters: at 10 % recall is 0.95 with as many as are wanted,
 -- 0.98 with three times as many, 0.99 with five times). p_share is the share of the library that fulfils the filter.
-create or replace function pgshelf.index_reach(p_index jsonb, p_share float8) returns text
+create or replace function pgshelf.index_reach(p_index jsonb, p_share float8, p_chunks float8) returns text
   immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- of codes the more must be ranked again the more chunks there are: recall is 0.97 with 134 of 10,000 and with 300 of 100,000
-  v_codes float8 := round(least(1, ((p_index ->> 'rows')::float8 / 100000) ^ 0.35)::numeric, 2);
+  -- of codes the more must be ranked again the more chunks there are: recall is 0.97 with 135 of 10,000 and with 300 of 100,000;
+  -- a table that was never analyzed seems to have one
+  v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.35))::numeric, 2), 1);
 begin
-  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 300) * %s::float8)::int', coalesce(v_codes, 1)) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 300) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
     when p_share is null or p_index ->> 'type' = 'kdtree' then '$3'
     else '$3 * ' || case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end end;
 end $$;
@@ -132,20 +133,24 @@ create or replace function pgshelf.vector_candidates(
 as $$
 declare
   v_index jsonb := p_library.index_actual;
+  v_exactly boolean := p_exact is true or v_index ->> 'type' = 'flat';
+  v_filtered boolean := p_condition.documents <> 'true' or p_condition.chunks <> 'true';
   v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance %s',
     pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, p_condition));
   v_chunks float8;
   v_share float8;
   v_reach text;
 begin
-  if not p_exact and v_index ->> 'type' <> 'flat' and (p_condition.documents <> 'true' or p_condition.chunks <> 'true') then
+  if not v_exactly and (v_filtered or v_index ->> 'type' = 'lsh') then
     v_chunks := (select greatest(c.reltuples, 1) from pg_class c where c.oid = format('pgshelf.chunks_s%s', p_library.shelf)::regclass);
+  end if;
+  if not v_exactly and v_filtered then
     v_share := pgshelf.matching_share(p_library, p_condition, p_filter, pgshelf.few(v_chunks, p_reach) / v_chunks);
   end if;
-  if p_exact or v_index ->> 'type' = 'flat' or v_share * v_chunks <= pgshelf.few(v_chunks, p_reach) then
+  if v_exactly or v_share * v_chunks <= pgshelf.few(v_chunks, p_reach) then
     return format('near as materialized (%s order by distance, c.id limit $3)', v_exact);
   end if;
-  v_reach := pgshelf.index_reach(v_index, v_share);
+  v_reach := pgshelf.index_reach(v_index, v_share, v_chunks);
   return format($sql$nearest as materialized (%1$s),
     enough as materialized (select count(*) >= %2$s as yes from nearest),
     exact as materialized (%3$s and not (select e.yes from enough e) order by distance, c.id limit $3),

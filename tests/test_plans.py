@@ -188,6 +188,40 @@ def test_where_few_match_all_are_looked_at(
     assert exact["Actual Rows"] == (0 if condition is NONE else 10)
 
 
+@pytest.mark.parametrize(
+    ("condition", "share"),
+    [
+        (MANY, 2 / 3),
+        ({"chunk.page": 1}, 1 / 3),
+        (MANY | {"chunk.page": {"$gte": 2}}, 4 / 9),
+        ({"$or": [{"most": True}, {"chunk.page": 1}]}, 7 / 9),  # of documents and chunks at once
+        (NONE | {"chunk.page": 1}, 0),
+        ({"most": True, "number": {"$gte": 1}}, 2 / 3),  # known from the choice between two indexes
+    ],
+    ids=str,
+)
+def test_the_share_that_matches_is_estimated(connection: Connection, condition: dict[str, Any], share: float) -> None:
+    row = connection.execute(
+        """select pgshelf.matching_share(l, pgshelf.compile_filter(l, %(filter)s), %(filter)s, 0.01)
+        from pgshelf.libraries l where l.name = 'halfvec'""",
+        {"filter": Jsonb(condition)},
+    ).fetchone()
+    assert row is not None
+    assert row[0] == pytest.approx(share, abs=0.15)
+
+
+def test_the_fewer_codes_there_are_the_fewer_are_ranked_again(connection: Connection) -> None:
+    reach = """pgshelf.index_reach('{"type": "lsh"}', null, %s)"""
+    wanted = []
+    for chunks in (1, 1_000, 10_000, 100_000, 10_000_000):  # 1: never analyzed
+        row = connection.execute(f"select replace({reach}, '$3', '10')", [chunks]).fetchone()
+        assert row is not None
+        found = connection.execute(f"select {row[0]}".encode()).fetchone()
+        assert found is not None
+        wanted.append(found[0])
+    assert wanted == [300, 60, 135, 300, 300]
+
+
 BOTH_FEW = {"$and": [{"most": True}, {"number": {"$lt": 40}}]}
 BOTH_RARE = {"rare": "yes", "number": {"$gte": 10}}
 
