@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,19 @@ MakeLiveServer = Callable[..., LiveServer]
 @pytest.fixture
 def make_live_server(tmp_path: Path) -> Iterator[MakeLiveServer]:
     """Starts `pgshelf serve` processes: make_live_server(url, "--workers", "2", wait=True, PGSHELF_MAX_K="5")."""
+    with _live_servers(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared_live_server(shared_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A running `pgshelf serve` that the tests of one file share; by default its libraries have no embedder."""
+    with _live_servers(tmp_path_factory.mktemp("serve")) as make:
+        yield make(shared_database_url, PGSHELF_EMBEDDER="none")
+
+
+@contextmanager
+def _live_servers(tmp_path: Path) -> Iterator[MakeLiveServer]:
     servers: list[LiveServer] = []
 
     def make(url: str | None, *arguments: str, wait: bool = True, port: int = 0, **environment: str) -> LiveServer:
@@ -272,9 +285,11 @@ def make_live_server(tmp_path: Path) -> Iterator[MakeLiveServer]:
             server.wait_until_ready()
         return server
 
-    yield make
-    for server in servers:
-        server.stop()
+    try:
+        yield make
+    finally:
+        for server in servers:
+            server.stop()
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,27 @@ def test_the_example_of_the_sdk_runs(live_server: Any, capsys: pytest.CaptureFix
     [python] = blocks(ROOT / "sdk/README.md", "python")
     exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "sdk/README.md", "exec"), {})  # noqa: S102 - ours
     assert "vacuum" in capsys.readouterr().out
+
+
+def test_the_examples_of_imports_run(
+    live_server: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PGSHELF_PORT", str(live_server.port))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    Path("notes.ndjson").write_text('{"key": "a", "text": "Dead rows."}\n{"text": "Locks."}\n')
+    Path("staff.csv").write_text("id,body,year\n7,Ada wrote it.,1843\n")
+    commands = [block for block in blocks(ROOT / "docs/ingestion.md", "sh") if "notes.ndjson" in block]
+    pythons = [block for block in blocks(ROOT / "docs/ingestion.md", "python") if "import_documents" in block]
+    said = "".join(run_shell(block, live_server) for block in commands)
+    assert "notes.ndjson: 2 created, 0 replaced" in said and "staff.csv: 1 created" in said
+    assert "backup.ndjson.gz: 3 documents" in said and '"done":true' in said
+    for python in pythons:
+        exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "docs/ingestion.md", "exec"), {})  # noqa: S102 - ours
+    assert capsys.readouterr().out.endswith("1000\n")
+    [readme] = [block for block in blocks(ROOT / "README.md", "sh") if "pgshelf import" in block]
+    assert "2 dealt with by an earlier run" in run_shell(readme, live_server)
+    assert Path("notes.parquet").exists()
 
 
 REQUEST = re.compile(r"^(GET|POST|PUT|PATCH|DELETE) (\S+)\n(.*?)(?:^→ (.*?)\n)?(?=^\n|\Z)", re.MULTILINE | re.DOTALL)

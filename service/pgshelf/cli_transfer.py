@@ -223,7 +223,7 @@ def _progress(source: Source) -> Iterator[Callable[[ImportProgress], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[said]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(printable(source.name), total=None, said="")
+        task = bar.add_task(printable(Path(source.name).name), total=None, said="")
 
         def told(progress: ImportProgress) -> None:
             said = f"{progress.documents} documents" + (f", {progress.failed} failed" if progress.failed else "")

@@ -115,7 +115,9 @@ class Source:
     @property
     def done(self) -> int:
         """How much is read."""
-        return self._file.tell() if self._file and not self._file.closed and self.total else self._rows
+        if self._file is None:
+            return self._rows
+        return self.total if self._file.closed else self._file.tell()
 
     def items(self) -> Iterator[Item]:
         """The documents in order, and the lines that are none."""
