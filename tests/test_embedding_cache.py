@@ -33,7 +33,7 @@ def db(shared_database_url: str) -> Iterator[Connection]:
 @pytest.fixture
 def settings(shared_database_url: str, make_settings: Callable[..., Settings], cohere_server: CohereServer) -> Settings:
     known = {"cohere_api_key": cohere_server.key, "cohere_base_url": cohere_server.url}
-    return make_settings(shared_database_url, **known)  # type: ignore[no-any-return]
+    return make_settings(shared_database_url, **known)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ async def test_everything_that_decides_a_vector_is_in_its_key(
     for _ in range(2):
         for choice in choices:
             for kind in ("document", "query"):
-                await embedding.vectors_of(engine, settings, embedder_for(settings, choice), ["a"], kind)  # type: ignore[arg-type]
+                await embedding.vectors_of(engine, settings, embedder_for(settings, choice), ["a"], kind)
     assert len(cohere_server.asked) == 2 * len(choices)
 
 

@@ -49,7 +49,7 @@ def keys_of(embedder: Embedder, texts: Sequence[str], kind: Kind) -> list[bytes]
 
 def used(settings: Settings, embedder: Embedder) -> bool:
     """Whether vectors of this embedder are remembered at all."""
-    return embedder.remote and settings.embedding_cache_rows > 0
+    return embedder.cached and settings.embedding_cache_rows > 0
 
 
 async def look_up(
