@@ -32,7 +32,7 @@ EMBED_MODELS: dict[str, tuple[int, ...]] = {  # the dimension that comes unasked
     "embed-of-tomorrow": (64, 8),
 }
 MAX_TEXTS = 96
-MAX_WORDS = 5000  # beyond them a text is too long
+MAX_WORDS = 3500  # beyond them a text is too long
 
 
 class Asked(NamedTuple):

@@ -56,9 +56,9 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     provider: Annotated[
         Annotated[str, Meta(max_length=64, examples=["local"])],
         Meta(
-            description="`local` and `sentence_transformers` compute in the server; `cohere` and `openai`, any endpoint "
-            "of its API, are asked over the network; `none` leaves it to the client. What the server is not set up for "
-            "is answered with 422."
+            description="`local` and `sentence_transformers` compute in the server; `cohere` and `openai`, any "
+            "endpoint of its kind, are asked over the network; `none` leaves it to the client. What the server is not "
+            "set up for is answered with 422."
         ),
     ]
     model: Annotated[

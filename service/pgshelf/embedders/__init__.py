@@ -105,13 +105,13 @@ def embedder_for(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
 
         return CohereEmbedder(settings, model, dimension, choice.get("embedding_type"), choice.get("truncate"))
     if provider in ("openai", "sentence_transformers"):
-        if not model or not dimension:
-            raise ValueError(f'the embedder "{provider}" needs a model and a dimension')
+        if dimension is None:
+            raise ValueError(f'the embedder "{provider}" needs a dimension')
         if provider == "openai":
             from pgshelf.embedders.openai import OpenAIEmbedder
 
             prefixes = choice.get("query_prefix") or "", choice.get("document_prefix") or ""
-            return OpenAIEmbedder(settings, model, dimension, bool(choice.get("shortened")), *prefixes)
+            return OpenAIEmbedder(settings, model or "", dimension, bool(choice.get("shortened")), *prefixes)
         from pgshelf.embedders import sentence_transformers
 
         return sentence_transformers.embedder_of(settings, model, dimension)
@@ -125,7 +125,7 @@ async def settled(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
     """
     for name, value in choice.items():
         if value is not None and name not in ("provider", "model", "dimension", *OPTIONS.get(choice["provider"], ())):
-            raise ValueError(f'{name} is no option of the embedder "{choice["provider"]}"')
+            raise ValueError(f'the embedder "{choice["provider"]}" takes no {name}')
     if choice["provider"] == "openai":
         from pgshelf.embedders import openai
 

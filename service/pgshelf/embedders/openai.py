@@ -41,6 +41,7 @@ ERRORS = Errors(
     lambda message: EmbedderTimeout(message, RETRY_AFTER),
 )
 MISSING_URL = 'the embedder "openai" needs PGSHELF_OPENAI_BASE_URL on the server'
+MISSING_MODEL = 'the embedder "openai" needs a model'
 
 
 class Item(msgspec.Struct):
@@ -77,6 +78,8 @@ class OpenAIEmbedder:
     ) -> None:
         if settings.openai_base_url is None:
             raise ValueError(MISSING_URL)
+        if not model:
+            raise ValueError(MISSING_MODEL)
         self.model = model
         self.dimension = dimension
         self.batch = settings.openai_batch
@@ -106,7 +109,7 @@ async def settled(settings: Settings, choice: Mapping[str, Any]) -> OpenAIEmbedd
     if settings.openai_base_url is None:
         raise ValueError(MISSING_URL)
     if not model:
-        raise ValueError('the embedder "openai" needs a model')
+        raise ValueError(MISSING_MODEL)
     prefixes = choice.get("query_prefix") or "", choice.get("document_prefix") or ""
     found = await _ask(settings, model, [prefixes[1] + "text"])
     own = len(found[0]) if len(found) == 1 else 0
