@@ -669,8 +669,8 @@ def test_doctor_says_which_embedders_are_set_up(run: Run, database_url: str, coh
 
 def test_doctor_asks_an_endpoint_of_openais_api(run: Run, database_url: str, openai_server: OpenAIServer) -> None:
     known = {"PGSHELF_EMBEDDER": "openai", "PGSHELF_OPENAI_API_KEY": openai_server.key}
-    lacking = 'the embedder by default, openai, cannot be used: the embedder "openai" needs PGSHELF_OPENAI_BASE_URL on the server'
-    assert lacking in lines(run("doctor", url=database_url, **known), "warn")
+    [lacking] = [line for line in lines(run("doctor", url=database_url, **known), "warn") if "embedder" in line]
+    assert "openai, cannot be used" in lacking and "PGSHELF_OPENAI_BASE_URL" in lacking
     known |= {"PGSHELF_EMBEDDER_MODEL": "bge-of-tests", "PGSHELF_OPENAI_BASE_URL": openai_server.base_url}
     result = run("doctor", url=database_url, **known)
     assert "the embedder by default, openai bge-of-tests, is set up" in lines(result, "ok")

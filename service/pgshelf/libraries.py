@@ -233,7 +233,7 @@ LIBRARY_PROBLEMS = problems(404)
 
 @post(
     "/libraries",
-    responses=problems(409, 413, 415, 422),
+    responses=problems(409, 413, 415, 422, 502),
     response_description="Created",
     summary="Create a library",
     operation_id="createLibrary",

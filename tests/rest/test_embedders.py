@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from pgshelf import providers
+from pgshelf import providers, shelves
 from tests.cohere_server import CohereServer, hang, raw, status
 from tests.openai_server import OpenAIServer
 from tests.rest.asking import at, ok, problem
@@ -68,11 +68,16 @@ async def test_what_is_written_is_found(client: httpx2.AsyncClient, embedder: di
         assert (hits[0]["text"], len(hits)) == (text, 3)
 
 
-async def test_binary_embeddings_fit_an_index_of_bits(client: httpx2.AsyncClient) -> None:
+async def test_binary_embeddings_fit_an_index_of_bits(
+    client: httpx2.AsyncClient, database_url: str, make_settings: Any
+) -> None:
     embedder = {"provider": "cohere", "dimension": 256, "embedding_type": "binary"}
     index = {"type": "hnsw", "storage": "bit"}
     ok(await client.post(LIBRARIES, json={"name": "shelf", "embedder": embedder, "index": index}), 201)
     ok(await client.post(DOCUMENTS, json={"key": "k", "chunks": [{"text": text} for text in TEXTS]}), 201)
+    await shelves.reconcile_all_async(make_settings(database_url))
+    found = ok(await client.get(f"{SHELF}/index"))
+    assert (found["state"], found["actual"]["storage"]) == ("ready", "bit")
     request = {"query": TEXTS[0], "mode": "vector", "include": ["text", "embedding"]}
     [best, *_] = ok(await client.post(SEARCH, json=request))["hits"]
     assert best["text"] == TEXTS[0] and {abs(number) for number in best["embedding"]} == {1 / 16}
