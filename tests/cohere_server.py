@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 Answer = dict[str, Any]
 Fault = Callable[["Handler", Answer], None]
@@ -32,7 +32,7 @@ EMBED_MODELS: dict[str, tuple[int, ...]] = {  # the dimension that comes unasked
     "embed-of-tomorrow": (64, 8),
 }
 MAX_TEXTS = 96
-MAX_WORDS = 5000  # beyond them a text is too long
+MAX_WORDS = 3500  # beyond them a text is too long
 
 
 class Asked(NamedTuple):
@@ -55,6 +55,7 @@ class CohereServer:
     """The API at `url`, for `key`; `asked` holds what came in, `fail` says what goes wrong with the next requests."""
 
     key = "a-key-for-tests"
+    embeds = "/v2/embed"  # where texts become vectors
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
@@ -74,10 +75,22 @@ class CohereServer:
         """Let the next requests end in these faults, one each; those behind them are answered well."""
         self._faults.extend(faults)
 
+    def answer(self, path: str, body: Answer) -> Answer:
+        """The right answer; Refused where there is none."""
+        if path not in ROUTES:
+            raise Refused(404, "not found")
+        return ROUTES[path](body)
+
+    def refusal(self, message: str) -> Answer:
+        return {"id": str(uuid.uuid4()), "message": message}
+
+    def texts_of(self, body: Answer) -> list[tuple[str, str]]:
+        return [(body["input_type"], text) for text in body["texts"]]
+
     def fault(self) -> Fault | None:
         return self._faults.popleft() if self._faults else None
 
-    def __enter__(self) -> CohereServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -112,17 +125,15 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.headers.get("authorization") != f"Bearer {cohere.key}":
                 raise Refused(401, "invalid api token")
-            if self.path not in ROUTES:
-                raise Refused(404, "not found")
-            answer = ROUTES[self.path](body)
+            answer = cohere.answer(self.path, body)
         except Refused as error:
-            self.send(error.status, {"id": str(uuid.uuid4()), "message": str(error)})
+            self.send(error.status, cohere.refusal(str(error)))
             return
         if (fault := cohere.fault()) is not None:
             fault(self, answer)
             return
-        if self.path == "/v2/embed":
-            cohere.texts += [(body["input_type"], text) for text in body["texts"]]
+        if self.path == cohere.embeds:
+            cohere.texts += cohere.texts_of(body)
         self.send(200, answer)
 
     def send(self, status: int, answer: object, **headers: str) -> None:

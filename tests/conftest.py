@@ -22,6 +22,7 @@ import httpx2
 import pytest
 
 from tests.cohere_server import CohereServer
+from tests.openai_server import OpenAIServer
 from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose, docker_answers, start_server
 
 READY_SECONDS = 60.0
@@ -251,6 +252,13 @@ class LiveServer:
 def cohere_server() -> Iterator[CohereServer]:
     """Cohere's API on this machine: cohere_api_key=cohere_server.key, cohere_base_url=cohere_server.url."""
     with CohereServer() as server:
+        yield server
+
+
+@pytest.fixture
+def openai_server() -> Iterator[OpenAIServer]:
+    """An endpoint of OpenAI's embeddings API on this machine: openai_base_url=openai_server.base_url."""
+    with OpenAIServer() as server:
         yield server
 
 

@@ -28,7 +28,8 @@ import pgshelf
 from pgshelf import cli, embedded, migrate
 from pgshelf.cli import main
 from pgshelf_client import Client, Index, IndexEstimate
-from tests.cohere_server import CohereServer
+from tests.cohere_server import CohereServer, status
+from tests.openai_server import OpenAIServer
 from tests.postgres import Server, on_database
 from tests.soak.crash import ended, workers_of
 
@@ -635,3 +636,44 @@ def test_a_killed_postgres_comes_back_by_itself(serve: Serve, postmaster: Callab
     assert read(server, "before") == "the text of before"
     assert server.stop() == 0
     assert postmaster() is None
+
+
+def test_doctor_says_which_embedders_are_set_up(run: Run, database_url: str, cohere_server: CohereServer) -> None:
+    with psycopg.connect(database_url) as connection:
+        for name in ("a", "b"):
+            connection.execute(
+                """insert into pgshelf.libraries (name, dimension, embedder, chunking) values (%s, 256,
+                '{"provider": "cohere", "model": "embed-v4.0", "dimension": 256}', '{"size": 1200, "overlap": 0}')""",
+                [name],
+            )
+    known = {"PGSHELF_COHERE_API_KEY": cohere_server.key, "PGSHELF_COHERE_BASE_URL": cohere_server.url}
+    result = run("doctor", url=database_url)
+    assert (
+        "the embedder of 2 libraries, cohere embed-v4.0, cannot be used: embedding through Cohere needs"
+        " PGSHELF_COHERE_API_KEY on the server"
+    ) in lines(result, "warn")
+    assert "the embedder by default, local, is set up" in lines(result, "ok")
+    result = run("doctor", url=database_url, **known)
+    assert "the embedder of 2 libraries, cohere embed-v4.0, is set up" in lines(result, "ok")
+    assert "the embedder by default, cohere, is set up" in lines(result, "ok")
+    assert cohere_server.asked == []
+    result = run("doctor", "--providers", url=database_url, **known)
+    answered = [line for line in lines(result, "ok") if "answered in" in line]
+    assert result.exit_code == 0 and len(answered) == 2
+    cohere_server.fail(status(401), status(401))
+    result = run("doctor", "--providers", url=database_url, **known)
+    refused = "cohere embed-v4.0, does not work: Cohere refused the key in PGSHELF_COHERE_API_KEY (status 401)"
+    assert result.exit_code == 1 and any(refused in line for line in lines(result, "fail"))
+    assert cohere_server.key not in result.output
+
+
+def test_doctor_asks_an_endpoint_of_openais_api(run: Run, database_url: str, openai_server: OpenAIServer) -> None:
+    known = {"PGSHELF_EMBEDDER": "openai", "PGSHELF_OPENAI_API_KEY": openai_server.key}
+    [lacking] = [line for line in lines(run("doctor", url=database_url, **known), "warn") if "embedder" in line]
+    assert "openai, cannot be used" in lacking and "PGSHELF_OPENAI_BASE_URL" in lacking
+    known |= {"PGSHELF_EMBEDDER_MODEL": "bge-of-tests", "PGSHELF_OPENAI_BASE_URL": openai_server.base_url}
+    result = run("doctor", url=database_url, **known)
+    assert "the embedder by default, openai bge-of-tests, is set up" in lines(result, "ok")
+    assert openai_server.asked == []
+    result = run("doctor", "--providers", url=database_url, **known)
+    assert result.exit_code == 0 and "openai bge-of-tests, answered in" in result.output

@@ -131,7 +131,7 @@ def test_embedders_say_what_they_are():
     ("choice", "message"),
     [
         ({"provider": "none"}, "send vectors"),
-        ({"provider": "other"}, "one of local, cohere, none, not 'other'"),
+        ({"provider": "other"}, "one of local, cohere, openai, sentence_transformers, none, not 'other'"),
         ({"provider": "local", "model": "gpt-2"}, "\"wordllama-l2-supercat\", not 'gpt-2'"),
         ({"provider": "local", "dimension": 384}, "one of 64, 128, 256, not 384"),
         ({"provider": "local", "dimension": 0}, "one of 64, 128, 256, not 0"),

@@ -254,7 +254,7 @@ async def test_more_than_postgresql_can_store(database_url: str, make_settings: 
 class Provider:
     """An embedding provider that fails as it is told to, or gives what it is told to."""
 
-    batch, remote = 10, False
+    batch, cached = 10, False
 
     def __init__(self, outcome: Exception) -> None:
         self.outcome = outcome

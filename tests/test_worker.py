@@ -39,7 +39,7 @@ class Fake:
 
     provider, model = "local", "fake"
     options: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
-    batch, remote = 10_000, False
+    batch, cached = 10_000, False
 
     def __init__(self, dimension: int = DIMENSION) -> None:
         self.dimension = dimension

@@ -115,9 +115,10 @@ class Client:
     ) -> Library:
         """Create a library; `Conflict` when the name is taken.
 
-        `embedder` is {"provider": ..., "model": ..., "dimension": ...}; with the provider "none" you bring the vectors,
-        and `dimension` is required. `chunking` is {"size": ..., "overlap": ...}. `index` is what `set_index` takes, as
-        {"type": "hnsw"}. `attributes` are metadata fields to index: {"year": "number", "published": "datetime"}.
+        `embedder` is {"provider": ..., "model": ..., "dimension": ...}, with a provider out of "local", "cohere",
+        "openai" and "sentence_transformers"; with "none" you bring the vectors, and `dimension` is required. `chunking`
+        is {"size": ..., "overlap": ...}. `index` is what `set_index` takes, as {"type": "hnsw"}. `attributes` are
+        metadata fields to index: {"year": "number", "published": "datetime"}.
         """
         body = given(
             name=name,

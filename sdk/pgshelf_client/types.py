@@ -118,6 +118,10 @@ class Embedder(Answer, frozen=True):
     provider: str
     model: str | None = None
     dimension: int | None = None
+    embedding_type: str | None = None
+    truncate: str | None = None
+    query_prefix: str | None = None
+    document_prefix: str | None = None
 
 
 class Chunking(Answer, frozen=True):

@@ -249,14 +249,15 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
 
 @main.command("doctor")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
-def doctor_command(data_dir: Path | None) -> None:
+@click.option("--providers", is_flag=True, help="Ask each embedder that is in use for one vector, too.")
+def doctor_command(data_dir: Path | None, providers: bool) -> None:
     """Look at the database and the settings, and say what to do."""
     from pgshelf import doctor
 
     settings = _settings(data_dir=data_dir)
     failed = False
     with _database(settings) as (url, _):
-        for finding in doctor.examine(url, settings):
+        for finding in doctor.examine(url, settings, ask=providers):
             failed |= finding.level == "fail"
             click.echo(f"{finding.level:<4}  {finding.text}")
     sys.exit(1 if failed else 0)

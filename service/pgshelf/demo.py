@@ -222,7 +222,9 @@ def fill(client: Client, library: str, console: Console) -> None:
 
     documents = list(stdlib_documents())
     if library not in {each.name for each in client.libraries()}:
-        client.create_library(library, description="The documentation of the Python standard library")
+        client.create_library(
+            library, description="The documentation of the Python standard library", embedder={"provider": "local"}
+        )
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(4) as pool:
         task = progress.add_task("chunks", total=sum(len(document["chunks"]) for document in documents))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
 import psycopg
 
-from pgshelf import database, health
+from pgshelf import database, health, providers
+from pgshelf.embedders import EmbedderError, embedder_for, settled
 from pgshelf.settings import Settings
 
 
@@ -22,8 +25,11 @@ class Finding(msgspec.Struct):
 Connection = psycopg.Connection[Any]
 
 
-def examine(url: str, settings: Settings) -> Iterator[Finding]:
-    """Look at everything; stops at the first finding behind which nothing else can be seen."""
+def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Finding]:
+    """Look at everything; stops at the first finding behind which nothing else can be seen.
+
+    With `ask`, each embedder that is in use makes one vector.
+    """
     try:
         connection = database.connect(url, "doctor")
     except psycopg.Error as error:
@@ -40,6 +46,7 @@ def examine(url: str, settings: Settings) -> Iterator[Finding]:
             except psycopg.Error as error:
                 yield Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")
         yield from _connections(connection, settings)
+        yield from _embedders(connection if there else None, settings, ask)
 
 
 def _line(error: Exception) -> str:
@@ -151,3 +158,46 @@ def _connections(connection: Connection, settings: Settings) -> Iterator[Finding
         yield Finding("warn", f"{text}, or raise max_connections")
         return
     yield Finding("ok", f"serve opens up to {wanted} connections ({settings.workers} workers x {settings.pool_size})")
+
+
+def _embedders(connection: Connection | None, settings: Settings, ask: bool) -> Iterator[Finding]:
+    """The embedder of libraries that will name none, and those that libraries have."""
+    default = {
+        "provider": settings.default_embedder,
+        "model": settings.embedder_model,
+        "dimension": settings.embedder_dimension,
+    }
+    found: list[tuple[str, dict[str, Any]]] = [("by default", default)]
+    if connection is not None:
+        used = "select embedder, count(*) from pgshelf.libraries where deleted_at is null group by 1 order by 2 desc, 1"
+        for embedder, count in connection.execute(used.encode()):
+            found.append((f"of {count} {'library' if count == 1 else 'libraries'}", embedder))
+    for whose, choice in found:
+        if choice["provider"] != "none":
+            yield _embedder(settings, whose, choice, ask)
+
+
+def _embedder(settings: Settings, whose: str, choice: dict[str, Any], ask: bool) -> Finding:
+    model = f" {choice['model']}" if choice.get("model") else ""
+    name = f"the embedder {whose}, {choice['provider']}{model}"
+    try:
+        if choice["provider"] in ("openai", "sentence_transformers") and not ask:
+            choice = {**choice, "dimension": choice.get("dimension") or 1}  # which only asking would tell
+        if not ask:
+            embedder_for(settings, choice)
+            return Finding("ok", f"{name}, is set up")
+        started = time.perf_counter()
+        asyncio.run(_one_vector(settings, choice))
+    except ValueError as error:
+        return Finding("warn", f"{name}, cannot be used: {error}")
+    except EmbedderError as error:
+        return Finding("fail", f"{name}, does not work: {error}")
+    return Finding("ok", f"{name}, answered in {(time.perf_counter() - started) * 1000:.0f} ms")
+
+
+async def _one_vector(settings: Settings, choice: dict[str, Any]) -> None:
+    made = embedder_for(settings, choice) if choice.get("dimension") else await settled(settings, choice)
+    try:
+        await made.embed(["text"], "query")
+    finally:
+        await providers.close()

@@ -23,7 +23,9 @@ from pgshelf.embedders import (
     ModelUnknown,
     TextRefused,
     TextsRefused,
+    described,
     embedder_for,
+    settled,
 )
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
@@ -60,7 +62,22 @@ def embedder_of(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
     try:
         return embedder_for(settings, choice)
     except ValueError as error:
-        raise Problem("embedder_not_configured", f"{str(error)[0].upper()}{str(error)[1:]}.") from None
+        raise Problem("embedder_not_configured", _sentence(error)) from None
+
+
+async def described_embedder(settings: Settings, choice: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new library keeps of the embedder that it asks for; a problem when this server cannot provide it."""
+    try:
+        return described(await settled(settings, choice))
+    except ValueError as error:
+        raise Problem("embedder_not_configured", _sentence(error)) from None
+    except EmbedderError as error:
+        raise problem_of(error) from error
+
+
+def _sentence(error: Exception) -> str:
+    said = str(error)
+    return f"{said[0].upper()}{said[1:]}."
 
 
 async def embed(

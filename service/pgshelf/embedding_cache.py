@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ import msgspec
 import numpy as np
 import psycopg
 from pgvector import Vector
+from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger("pgshelf.embedding")
-lookups: Counter[tuple[str, str]] = Counter()  # (provider, "hit" or "miss"): texts of this process since its start
+LOOKUPS = Counter("pgshelf_embedding_cache_lookups", "Texts looked up in the cache.", ["provider", "outcome"])
 EVICT_EVERY = 60.0  # seconds: counting the rows is not free
 EVICT_AT_ONCE = 5000
 _evicted: WeakKeyDictionary[Pool, float] = WeakKeyDictionary()
@@ -49,7 +49,7 @@ def keys_of(embedder: Embedder, texts: Sequence[str], kind: Kind) -> list[bytes]
 
 def used(settings: Settings, embedder: Embedder) -> bool:
     """Whether vectors of this embedder are remembered at all."""
-    return embedder.remote and settings.embedding_cache_rows > 0
+    return embedder.cached and settings.embedding_cache_rows > 0
 
 
 async def look_up(
@@ -64,8 +64,8 @@ async def look_up(
         log.warning("the embedding cache cannot be read: %s", error)
         rows = []
     found = {texts_of[bytes(key)]: np.asarray(vector.to_numpy(), dtype=np.float32) for key, vector in rows}
-    lookups[embedder.provider, "hit"] += len(found)
-    lookups[embedder.provider, "miss"] += len(texts) - len(found)
+    LOOKUPS.labels(embedder.provider, "hit").inc(len(found))
+    LOOKUPS.labels(embedder.provider, "miss").inc(len(texts) - len(found))
     return found
 
 

@@ -16,8 +16,8 @@ from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
-from pgshelf.embedders import PROVIDERS, described
-from pgshelf.embedding import embedder_of
+from pgshelf.embedders import PROVIDERS
+from pgshelf.embedding import described_embedder
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -44,6 +44,7 @@ Name = Annotated[
 Description = Annotated[str, Meta(max_length=2000)]
 Metric = Literal["cosine", "l2", "inner_product", "l1"]
 Dimension = Annotated[int, Meta(ge=1, le=16000)]
+Prefix = Annotated[str, Meta(max_length=1000)]
 Provider = Annotated[str, Meta(extra_json_schema={"enum": list(PROVIDERS)})]
 # the types and names that SQL allows; checked there
 Attributes = dict[str, Literal["number", "text", "datetime"]]
@@ -55,8 +56,9 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     provider: Annotated[
         Annotated[str, Meta(max_length=64, examples=["local"])],
         Meta(
-            description="`local` computes in the server, `cohere` is asked over the network, `none` leaves it to the "
-            "client; what the server has no key for is answered with 422."
+            description="`local` and `sentence_transformers` compute in the server; `cohere` and `openai`, any "
+            "endpoint of its kind, are asked over the network; `none` leaves it to the client. What the server is not "
+            "set up for is answered with 422."
         ),
     ]
     model: Annotated[
@@ -65,8 +67,18 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     ] = None
     dimension: Annotated[
         Dimension | None,
-        Meta(description="Numbers per vector; the model's own if absent. With `none` it is required, here or outside."),
+        Meta(
+            description="Numbers per vector; the model's own if absent, with `cohere` 1024 where there is a choice. "
+            "With `none` it is required, here or outside."
+        ),
     ] = None
+    query_prefix: Annotated[
+        Prefix | UnsetType,
+        Meta(description="Of `openai`: goes before each query, for models trained with it, such as `query: ` for E5."),
+    ] = UNSET
+    document_prefix: Annotated[
+        Prefix | UnsetType, Meta(description="Of `openai`: goes before each text of a document, such as `passage: `.")
+    ] = UNSET
     embedding_type: Annotated[
         Literal["float", "binary"] | UnsetType,
         Meta(
@@ -159,6 +171,9 @@ class EmbedderUsed(msgspec.Struct):
     model: Annotated[str | None, Meta(description="The model; with `none` what the client noted, or null.")] = None
     embedding_type: Annotated[str | UnsetType, Meta(description="Absent if `float`.")] = UNSET
     truncate: Annotated[str | UnsetType, Meta(description="Absent if `end`.")] = UNSET
+    query_prefix: Annotated[str | UnsetType, Meta(description="Absent if there is none.")] = UNSET
+    document_prefix: Annotated[str | UnsetType, Meta(description="Absent if there is none.")] = UNSET
+    shortened: Annotated[bool | UnsetType, Meta(description="Whether the model was asked for fewer numbers.")] = UNSET
 
 
 class Chunking(msgspec.Struct):
@@ -218,14 +233,14 @@ LIBRARY_PROBLEMS = problems(404)
 
 @post(
     "/libraries",
-    responses=problems(409, 413, 415, 422),
+    responses=problems(409, 413, 415, 422, 502),
     response_description="Created",
     summary="Create a library",
     operation_id="createLibrary",
 )
 async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: Config) -> Answer[Library]:
     """Create a library; its embedder, dimension and metric are fixed from then on."""
-    embedder = _embedder(data, settings)
+    embedder = await _embedder(data, settings)
     dimension = embedder["dimension"]
     size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
     values = {
@@ -366,8 +381,10 @@ async def library_stats(library: LibraryName, engine: Engine) -> Stats:
     return Stats(documents, chunks, pending, failed, size, shelf, IndexState(*index))
 
 
-def _embedder(data: CreateLibrary, settings: Settings) -> dict[str, Any]:
-    choice = data.embedder or EmbedderChoice(settings.default_embedder)
+async def _embedder(data: CreateLibrary, settings: Settings) -> dict[str, Any]:
+    choice = data.embedder or EmbedderChoice(
+        settings.default_embedder, settings.embedder_model, settings.embedder_dimension
+    )
     if choice.dimension and data.dimension and choice.dimension != data.dimension:
         raise invalid("dimension", f"is {data.dimension}, but embedder.dimension is {choice.dimension}")
     dimension = choice.dimension or data.dimension
@@ -379,7 +396,7 @@ def _embedder(data: CreateLibrary, settings: Settings) -> dict[str, Any]:
         if dimension is None:
             raise invalid("dimension", "is required where the client brings the vectors (embedder none)")
         return {"provider": "none", "model": choice.model, "dimension": dimension}
-    return described(embedder_of(settings, {**msgspec.to_builtins(choice), "dimension": dimension}))
+    return await described_embedder(settings, {**msgspec.to_builtins(choice), "dimension": dimension})
 
 
 def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def _refused(provider: Provider, refusal: Refusal, told: float | None) -> Except
     if status in (401, 403, 498):
         return provider.errors.failed(f"{name} refused the key in {provider.setting}_API_KEY (status {status})")
     if status == 404:
-        return provider.errors.model_unknown(f"{name} has no {provider.model} for the server's key")
+        return provider.errors.model_unknown(f"{name} has no {provider.model}")
     if status is None or status < 400:
         return unreadable(provider)
     said = refusal.said if isinstance(refusal.said, str) else ""

@@ -13,6 +13,7 @@ import platformdirs
 from msgspec import Meta
 
 PREFIX = "PGSHELF_"
+BASE_URLS = {"cohere_base_url": "https://api.cohere.com", "openai_base_url": "http://localhost:8000/v1"}
 
 
 class SettingsError(ValueError):
@@ -41,7 +42,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     workers: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default_factory=lambda: os.cpu_count() or 1)
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
 
-    embedder: Annotated[str, Meta(pattern="^(local|cohere|none)$")] | None = None
+    embedder: Annotated[str, Meta(pattern="^(local|cohere|openai|sentence_transformers|none)$")] | None = None
+    embedder_model: Annotated[str, Meta(max_length=200)] | None = None
+    embedder_dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
     embedding_cache_rows: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 100_000
     chunk_size: Annotated[int, Meta(ge=50, le=20_000)] = 1200
     chunk_overlap: Annotated[int, Meta(ge=0, le=10_000)] = 0
@@ -49,6 +52,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cohere_api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
     cohere_base_url: Annotated[str, Meta(pattern=r"^https?://[^/?#\s]+[^?#\s]*\Z")] = "https://api.cohere.com"
     cohere_timeout: Annotated[float, Meta(gt=0)] = 10.0
+
+    openai_base_url: Annotated[str, Meta(pattern=r"^https?://[^/?#\s]+[^?#\s]*\Z")] | None = None
+    openai_api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
+    openai_timeout: Annotated[float, Meta(gt=0)] = 30.0
+    openai_batch: Annotated[int, Meta(ge=1, le=2048)] = 32
+    openai_encoding: Annotated[str, Meta(pattern="^(float|base64)$")] = "float"
+
+    sentence_transformers_models: str | None = None
 
     pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
     pool_timeout: Annotated[float, Meta(gt=0)] = 5.0
@@ -98,10 +109,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("the embedded PostgreSQL is 18 or 16")
         if self.chunk_overlap >= self.chunk_size:
             raise ValueError("chunk_overlap must be smaller than chunk_size")
-        try:
-            urlsplit(self.cohere_base_url).port  # noqa: B018 - reading it is what checks it
-        except ValueError:
-            raise ValueError("cohere_base_url must be an address such as https://api.cohere.com") from None
+        for name, example in BASE_URLS.items():
+            try:
+                urlsplit(getattr(self, name) or "").port  # noqa: B018 - reading it is what checks it
+            except ValueError:
+                raise ValueError(f"{name} must be an address such as {example}") from None
 
     @property
     def default_embedder(self) -> str:
@@ -148,9 +160,9 @@ def _decode(kind: type, value: object) -> object:
 
 
 def _shown(name: str, value: object) -> str:
-    if name == "cohere_api_key" and value:
+    if name.endswith("_api_key") and value:
         return "***"
-    if (name == "database_url" and value) or (name == "cohere_base_url" and "@" in str(value)):
+    if (name == "database_url" and value) or (name in BASE_URLS and "@" in str(value)):
         return masked(str(value))
     return str(value)
 

@@ -280,7 +280,7 @@ LIBRARY_RULES = [
     post(LIBRARIES, {"name": "n", "language": ""}, INVALID, "language"),
     post(LIBRARIES, {"name": "n", "language": "english; drop"}, INVALID, "english"),
     post(LIBRARIES, {"name": "n", "embedder": {}}, INVALID, "provider"),
-    post(LIBRARIES, {"name": "n", "embedder": {"provider": "openai"}}, "embedder_not_configured", "local"),
+    post(LIBRARIES, {"name": "n", "embedder": {"provider": "other"}}, "embedder_not_configured", "local"),
     post(LIBRARIES, {"name": "n", "embedder": {"provider": "local", "model": "x"}}, "embedder_not_configured",
       "wordllama"),
     post(LIBRARIES, {"name": "n", "embedder": {"provider": "local", "dimension": 100}}, "embedder_not_configured",

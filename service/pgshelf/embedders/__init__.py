@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["document", "query"]
 
-PROVIDERS = ("local", "cohere", "none")
+PROVIDERS = ("local", "cohere", "openai", "sentence_transformers", "none")
+
+OPTIONS = {"cohere": ("embedding_type", "truncate"), "openai": ("query_prefix", "document_prefix")}
 
 
 class EmbedderError(Exception):
@@ -72,8 +74,8 @@ class Embedder(Protocol):
         ...
 
     @property
-    def remote(self) -> bool:
-        """Whether asking costs more than looking into the cache."""
+    def cached(self) -> bool:
+        """Whether its vectors are worth a place in the cache."""
         ...
 
     async def embed(self, texts: Sequence[str], kind: Kind) -> NDArray[np.float32]:
@@ -102,7 +104,37 @@ def embedder_for(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
         from pgshelf.embedders.cohere import CohereEmbedder
 
         return CohereEmbedder(settings, model, dimension, choice.get("embedding_type"), choice.get("truncate"))
+    if provider in ("openai", "sentence_transformers"):
+        if dimension is None:
+            raise ValueError(f'the embedder "{provider}" needs a dimension')
+        if provider == "openai":
+            from pgshelf.embedders.openai import OpenAIEmbedder
+
+            prefixes = choice.get("query_prefix") or "", choice.get("document_prefix") or ""
+            return OpenAIEmbedder(settings, model or "", dimension, bool(choice.get("shortened")), *prefixes)
+        from pgshelf.embedders import sentence_transformers
+
+        return sentence_transformers.embedder_of(settings, model, dimension)
     raise ValueError(f"embedder provider must be one of {', '.join(PROVIDERS)}, not {provider[:80]!r}")
+
+
+async def settled(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
+    """The embedder of a new library: a provider whose models are not known is asked for what the choice leaves open.
+
+    Raises ValueError where the choice is impossible here, and EmbedderError where the provider had to be asked.
+    """
+    for name, value in choice.items():
+        if value is not None and name not in ("provider", "model", "dimension", *OPTIONS.get(choice["provider"], ())):
+            raise ValueError(f'the embedder "{choice["provider"]}" takes no {name}')
+    if choice["provider"] == "openai":
+        from pgshelf.embedders import openai
+
+        return await openai.settled(settings, choice)
+    if choice["provider"] == "sentence_transformers":
+        from pgshelf.embedders import sentence_transformers
+
+        return await sentence_transformers.settled(settings, choice)
+    return embedder_for(settings, choice)
 
 
 def described(embedder: Embedder) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class CohereEmbedder:
 
     provider = "cohere"
     batch = 96  # what Cohere takes at a time
-    remote = True
+    cached = True
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class CohereEmbedder:
         }
         if len(MODELS.get(self.model, (256, 512))) > 1:  # a model with one dimension refuses to be told
             request["output_dimension"] = self.dimension
-        model = f'embedding model "{self.model}"'
+        model = f'embedding model "{self.model}" for the server\'s key'
         answer = await cohere_api.ask(self._settings, model, ERRORS, lambda client: client.embed(**request))
         found = getattr(getattr(answer, "embeddings", None), "ubinary" if binary else "float_", None)
         if not binary:

@@ -50,7 +50,7 @@ class LocalEmbedder:
     provider = "local"
     options: Mapping[str, Any] = MappingProxyType({})
     batch = sys.maxsize
-    remote = False
+    cached = False  # a lookup would take longer
 
     def __init__(self, model: str | None = None, dimension: int | None = None) -> None:
         if model not in (None, MODEL):

@@ -38,7 +38,7 @@ class CohereReranker:
         sent, top_n = [text[:MAX_CHARACTERS] for text in texts], min(top, len(texts))
         answer = await cohere_api.ask(
             self._settings,
-            f'rerank model "{self.model}"',
+            f'rerank model "{self.model}" for the server\'s key',
             ERRORS,
             lambda client: client.rerank(model=self.model, query=query, documents=sent, top_n=top_n),
         )
