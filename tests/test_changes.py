@@ -125,4 +125,4 @@ def test_the_feed_is_for_readers(sessions: list[Connection]) -> None:
         session.execute("select pgshelf.stamp_all_changes()")
     with pytest.raises(psycopg.Error) as refused:
         session.execute("select * from pgshelf.changes('notes', after => 7)")
-    assert refused.value.sqlstate == "PS023"
+    assert refused.value.sqlstate == "PS024"

@@ -26,6 +26,7 @@ WRITES: list[tuple[str, str, dict[str, Any] | None, dict[str, str]]] = [
     ("PATCH", SHELF, {"name": "shelf", "description": "new"}, {}),
     ("PUT", f"{SHELF}/index", {"type": "hnsw"}, {}),
     ("POST", DOCUMENTS, CHUNKS, {}),
+    ("POST", f"{DOCUMENTS}/batch", {"documents": [CHUNKS, {"text": " "}, CHUNKS | {"key": "k"}]}, {}),
     ("PUT", f"{DOCUMENTS}/k", CHUNKS, {"If-Match": '"1"'}),
     ("PATCH", f"{DOCUMENTS}/k", {"metadata": {"n": 1}}, {"If-Match": '"1"'}),
     ("POST", f"{DOCUMENTS}/update", {"filter": {"$key": "k"}, "patch": {"m": 1}, "max_affected": 1}, {}),
