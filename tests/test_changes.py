@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
+from pgshelf import database, worker
 from tests.conftest import LiveServer, MakeLiveServer
 from tests.soak.feed import follow
 
@@ -93,11 +97,12 @@ def test_positions_outlive_a_crash_whatever_the_session_says(sessions: list[Conn
 
 def test_savepoints_that_are_rolled_back_leave_nothing(sessions: list[Connection]) -> None:
     writer, reader, _ = sessions
-    with writer.transaction():
-        writer.execute(PUT, ["kept"])
-        with writer.transaction():
-            writer.execute(PUT, ["undone"])
-            raise psycopg.Rollback
+    writer.execute("begin")
+    writer.execute(PUT, ["kept"])
+    writer.execute("savepoint here")
+    writer.execute(PUT, ["undone"])
+    writer.execute("rollback to savepoint here")
+    writer.execute("commit")
     reader.execute("select pgshelf.stamp_all_changes()")
     assert reader.execute(READ).fetchall() == [(1, "kept")]
 
@@ -111,6 +116,44 @@ def test_a_batch_has_a_bound_and_the_next_goes_on(sessions: list[Connection]) ->
     assert [reader.execute(stamp_all).fetchone() for _ in range(4)] == [(2,), (2,), (1,), (0,)]
     assert reader.execute(READ).fetchall() == [(n + 1, str(n)) for n in range(5)]
     assert reader.execute("select key from pgshelf.changes('notes', after => 3, max_rows => 1)").fetchall() == [("3",)]
+
+
+async def test_the_worker_gives_positions_and_forgets_what_is_old(
+    sessions: list[Connection], database_url: str, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader, _ = sessions
+    for key in ("a", "b"):
+        writer.execute(PUT, [key])
+    writer.execute("select pgshelf.stamp_all_changes()")
+    writer.execute("update pgshelf.change_log set stamped_at = now() - interval '8 days'")
+    writer.execute(
+        "insert into pgshelf.idempotency_keys (key, request, created_at) values ('k', '', now() - interval '2 days')"
+    )
+    writer.execute(PUT, ["c"])
+    monkeypatch.setattr(worker, "TIDY", 0.0)
+    settings = make_settings(database_url, worker_interval=0.02)
+    engine = database.make_engine(settings, database_url)
+    house = asyncio.create_task(worker._keep_house(engine, settings))
+    asked = "select (select count(*) from pgshelf.idempotency_keys)"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (reader.execute(READ).fetchall(), reader.execute(asked).fetchone()) != (
+        [(3, "c")],
+        (0,),
+    ):
+        await asyncio.sleep(0.02)
+    assert reader.execute(READ).fetchall() == [(3, "c")] and reader.execute(asked).fetchone() == (0,)
+    # what fails is tried again
+    writer.execute("alter function pgshelf.stamp_all_changes(int) rename to away")
+    await asyncio.sleep(0.2)
+    writer.execute(PUT, ["d"])
+    writer.execute("alter function pgshelf.away(int) rename to stamp_all_changes")
+    while time.monotonic() < deadline and len(reader.execute(READ).fetchall()) < 2:
+        await asyncio.sleep(0.02)
+    assert not house.done() and reader.execute(READ).fetchall()[-1] == (4, "d")
+    house.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await house
+    await engine.dispose()
 
 
 def test_the_feed_is_for_readers(sessions: list[Connection]) -> None:
