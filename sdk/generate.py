@@ -38,6 +38,7 @@ PROSE = {
     "        async with AsyncClient() as shelf": "        with Client() as shelf",
     "  # noqa: ASYNC109 - the same in both clients": "",
     "            await shelf.": "            shelf.",
+    '(await changes_page(library, after="now")).next': 'changes_page(library, after="now").next',
     "            result = await shelf.": "            result = shelf.",
 }
 

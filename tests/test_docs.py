@@ -198,7 +198,7 @@ def connection(database_url: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 def test_the_examples_of_the_sql_guide_run(connection: psycopg.Connection[Any], vector_schema: str) -> None:
-    grant, put, search, like, join, count, explain, write = blocks(ROOT / "docs/sql.md", "sql")
+    grant, put, search, like, join, count, explain, follow, write = blocks(ROOT / "docs/sql.md", "sql")
 
     def run(script: str, role: str = "none") -> list[list[tuple[Any, ...]]]:
         connection.execute(f"set role {role}".encode())
@@ -222,6 +222,10 @@ def test_the_examples_of_the_sql_guide_run(connection: psycopg.Connection[Any], 
     assert how[0][:2] == ("exact", "1") and how[0][2] > 0
     assert status == [("three", "auto", "flat", "ready", 1)]
     assert recall == [(1, 1, 3)]
+
+    assert run(follow, "analyst") == [[]]
+    run("select pgshelf.stamp_all_changes()")  # as a running service does
+    assert run(follow, "analyst") == [[(1, "put", "ch-7", 1), (2, "put", "ch-8", 1)]]
 
     create, select = re.split(r"(?<=;)\n", join.strip(), maxsplit=1)
     run(create + "\n")

@@ -34,9 +34,9 @@ create table pgshelf.change_log (
   position bigint,
   stamped_at timestamptz,
   constraint change_log_pkey primary key (library_id, id),
-  constraint change_log_position_key unique (library_id, position),
   constraint change_log_kind_check check (kind in ('put', 'delete', 'embedded', 'library'))
 );
+create unique index change_log_position_idx on pgshelf.change_log (library_id, position) where position is not null;
 create index change_log_unstamped_idx on pgshelf.change_log (library_id, id) where position is null;
 create trigger library_changed after update on pgshelf.libraries for each row
   when (old.deleted_at is null and new.deleted_at is null

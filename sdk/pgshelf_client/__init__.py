@@ -28,6 +28,8 @@ from .errors import (
 from .types import (
     BatchItem,
     BatchResult,
+    Change,
+    Changes,
     Chunk,
     ChunkCounts,
     Chunking,
@@ -69,6 +71,8 @@ __all__ = [
     "BadRequest",
     "BatchItem",
     "BatchResult",
+    "Change",
+    "Changes",
     "Chunk",
     "ChunkCounts",
     "Chunking",

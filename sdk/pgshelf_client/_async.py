@@ -17,6 +17,8 @@ from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
     BatchResult,
+    Change,
+    Changes,
     Chunk,
     Document,
     EventTaken,
@@ -465,6 +467,33 @@ class AsyncClient:
         """Delete a chunk."""
         path = ("libraries", library, "chunks", chunk)
         await self._answer(self._routes.call("DELETE", *path))
+
+    # Changes
+
+    async def changes(
+        self, library: Name, *, after: str | None = None, follow: bool = False, page_size: int | None = None
+    ) -> AsyncIterator[Change]:
+        """What changed in a library, in the order of commits, each change once; with `follow` it waits for more.
+
+        `after` is the cursor of the last change that you have dealt with, or "now"; without it you get all that is
+        kept. To mirror a library take `(await changes_page(library, after="now")).next`, then read all documents, then
+        follow from there. `ApiError` with the code "changes_expired" says to begin anew.
+        """
+        while True:
+            wait = base.FOLLOW_WAIT if follow else None
+            page = await self.changes_page(library, after=after, limit=page_size, wait=wait)
+            for change in page.items:
+                yield change
+            if not page.items and not follow:
+                return
+            after = page.next
+
+    async def changes_page(
+        self, library: Name, *, after: str | None = None, limit: int | None = None, wait: float | None = None
+    ) -> Changes:
+        """The next changes; if there are none yet, those that come within `wait` seconds, or none."""
+        params = {"after": after, "limit": limit, "wait": wait}
+        return await self._fetch(self._routes.call("GET", "libraries", library, "changes", params=params), base.CHANGES)
 
     # Search
 

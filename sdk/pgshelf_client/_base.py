@@ -18,6 +18,7 @@ from msgspec import UNSET, UnsetType
 from .errors import UnexpectedAnswer
 from .types import (
     BatchResult,
+    Changes,
     Chunk,
     Document,
     EventTaken,
@@ -36,12 +37,13 @@ from .types import (
 )
 
 VERSION = version("pgshelf-client")
+FOLLOW_WAIT = 20.0  # seconds that a question for changes waits, well below the timeout
 KEY = "Idempotency-Key"
 DEFAULT_BASE_URL = "http://127.0.0.1:8432"
 DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 
 T = TypeVar("T")
-Params = Mapping[str, str | int | bool | list[str] | None]
+Params = Mapping[str, str | float | bool | list[str] | None]
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
@@ -54,6 +56,7 @@ class Affected(msgspec.Struct, frozen=True):
     affected: int
 
 
+CHANGES = msgspec.json.Decoder(Changes)
 CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
@@ -77,7 +80,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
     method: str
     url: str
-    params: dict[str, str | int | bool | list[str]] = {}
+    params: dict[str, str | float | bool | list[str]] = {}
     headers: dict[str, str] = {}
     body: bytes | None = None
     reads: bool = False  # changes nothing in the server

@@ -18,6 +18,8 @@ from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
     BatchResult,
+    Change,
+    Changes,
     Chunk,
     Document,
     EventTaken,
@@ -463,6 +465,32 @@ class Client:
         """Delete a chunk."""
         path = ("libraries", library, "chunks", chunk)
         self._answer(self._routes.call("DELETE", *path))
+
+    # Changes
+
+    def changes(
+        self, library: Name, *, after: str | None = None, follow: bool = False, page_size: int | None = None
+    ) -> Iterator[Change]:
+        """What changed in a library, in the order of commits, each change once; with `follow` it waits for more.
+
+        `after` is the cursor of the last change that you have dealt with, or "now"; without it you get all that is
+        kept. To mirror a library take `changes_page(library, after="now").next`, then read all documents, then
+        follow from there. `ApiError` with the code "changes_expired" says to begin anew.
+        """
+        while True:
+            wait = base.FOLLOW_WAIT if follow else None
+            page = self.changes_page(library, after=after, limit=page_size, wait=wait)
+            yield from page.items
+            if not page.items and not follow:
+                return
+            after = page.next
+
+    def changes_page(
+        self, library: Name, *, after: str | None = None, limit: int | None = None, wait: float | None = None
+    ) -> Changes:
+        """The next changes; if there are none yet, those that come within `wait` seconds, or none."""
+        params = {"after": after, "limit": limit, "wait": wait}
+        return self._fetch(self._routes.call("GET", "libraries", library, "changes", params=params), base.CHANGES)
 
     # Search
 

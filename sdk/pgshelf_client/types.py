@@ -220,6 +220,29 @@ class Document(Answer, frozen=True):
     updated_at: datetime | None = None
 
 
+class Change(Answer, frozen=True):
+    """Something that was committed. Keep its `cursor` once you have dealt with it, and go on from there.
+
+    `kind` is "put" (a document is new or changed; `created` says which), "delete", "embedded" (chunks are found now
+    that waited for their vectors), or "library": what searches say may have changed altogether, by another index, say.
+    """
+
+    cursor: str
+    kind: str
+    version: int
+    at: datetime
+    document_id: str | None = None
+    key: str | None = None
+    created: bool | None = None
+
+
+class Changes(Answer, frozen=True):
+    """A page of changes, perhaps an empty one; `next` goes on behind it, now or later."""
+
+    items: list[Change]
+    next: str
+
+
 class EventTaken(Answer, frozen=True):
     """An event that is stored; `duplicate` says that it had been before. `key` is that of its document."""
 

@@ -114,7 +114,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
 def _observer(settings: Settings) -> Callable[[http.Served], None]:
     def observe(served: http.Served) -> None:
         metrics.count(served)
-        slow = served.stages["total"] >= settings.slow_request * 1000
+        worked = served.stages["total"] - served.stages.get("wait", 0)  # to wait for changes is no work
+        slow = worked >= settings.slow_request * 1000
         if slow or settings.access_log:
             logs.request(slow, served.method, served.route, served.status, served.stages)
 

@@ -11,10 +11,11 @@ from litestar.params import JSONBody
 from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from pgshelf import bulk, database
+from pgshelf import bulk
 from pgshelf.embedding import LibraryConfig, library_config
 from pgshelf.errors import invalid, problem_of
-from pgshelf.http import Config, Engine, LibraryName, Wait, problems
+from pgshelf.http import Answer, Config, Engine, LibraryName, Wait, problems
+from pgshelf.idempotency import Write
 from pgshelf.ingest import DocumentInput, checked
 from pgshelf.settings import Settings
 
@@ -46,15 +47,22 @@ class DocumentResults(msgspec.Struct):
 @post(
     "/libraries/{library:str}/documents/batch",
     status_code=200,
-    responses=problems(404, 413, 415),
+    responses=problems(404, 409, 413, 415),
     response_description="One result for each document",
     summary="Add several documents",
     operation_id="addDocuments",
 )
 async def add_documents(
-    library: LibraryName, data: JSONBody[AddDocuments], engine: Engine, settings: Config, wait: Wait = True
-) -> DocumentResults:
+    library: LibraryName,
+    data: JSONBody[AddDocuments],
+    engine: Engine,
+    once: Write,
+    settings: Config,
+    wait: Wait = True,
+) -> Answer[DocumentResults]:
     """Store several documents as if one by one, in order; one that is refused spoils no other."""
+    if (kept := await once.replayed()) is not None:  # lest its texts be embedded again
+        return kept
     if len(data.documents) > settings.max_batch:
         raise invalid("documents", f"has {len(data.documents)} documents, at most {settings.max_batch} are allowed")
     config = await library_config(engine, library)
@@ -67,11 +75,11 @@ async def add_documents(
             if problem and item.prepared and any(vector is None for vector in item.prepared.vectors):
                 item.refuse(problem)
 
-    async def write(connection: AsyncConnection) -> None:
+    async def write(connection: AsyncConnection) -> Answer[DocumentResults]:
         await bulk.write(connection, config.id, items)
+        return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
-    await database.retried(engine, write)
-    return DocumentResults([_result(item) for item in items])
+    return await once.run(write)
 
 
 async def _prepare(item: bulk.Item, config: LibraryConfig, settings: Settings, given: Any) -> None:

@@ -27,6 +27,7 @@ from pgshelf import database
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Answer, Config, Engine, LibraryName, Limit, page_size, problems
 from pgshelf.settings import Settings
+from pgshelf.timing import stage
 
 HEARTBEAT = 15.0  # seconds; proxies close what is silent for long
 EVENT_STREAM = "text/event-stream"
@@ -240,7 +241,8 @@ async def list_changes(
         until = time.monotonic() + min(wait, settings.changes_max_wait)
         with readers.place():
             while not items and not readers.ended and (left := until - time.monotonic()) > 0:
-                await readers.wait(library_id, position, left)
+                with stage("wait"):
+                    await readers.wait(library_id, position, left)
                 items, position = await _look_again(engine, library, library_id, position, size)
     return Answer(Changes(items, _cursor(position, library_id)), status_code=200)
 

@@ -83,7 +83,7 @@ async def get_index(library: LibraryName, engine: Engine, settings: Config) -> I
 @put(
     "/libraries/{library:str}/index",
     responses={202: ResponseSpec(Index, generate_examples=False, description="Accepted")}
-    | problems(404, 413, 415, 422),
+    | problems(404, 409, 413, 415, 422),
     response_description="It is so already",
     summary="Change the index of a library",
     operation_id="putIndex",

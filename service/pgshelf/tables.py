@@ -385,7 +385,9 @@ change_log = Table(
     ),
     Column("stamped_at", moment),
     PrimaryKeyConstraint("library_id", "id", name="change_log_pkey"),
-    UniqueConstraint("library_id", "position", name="change_log_position_key"),
+    Index(
+        "change_log_position_idx", "library_id", "position", unique=True, postgresql_where=text("position is not null")
+    ),
     Index("change_log_unstamped_idx", "library_id", "id", postgresql_where=text("position is null")),
     comment="The change feed: what was committed, in its order; pgshelf.changes() reads it.",
 )

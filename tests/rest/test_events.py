@@ -15,7 +15,11 @@ from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
 EVENTS = at("libraries", "shelf", "events")
 DOCUMENTS = at("libraries", "shelf", "documents")
-EVENT = {"id": "build 1/2", "text": "The build failed: the disk was full.", "metadata": {"branch": "main"}}
+EVENT: dict[str, Any] = {
+    "id": "build 1/2",
+    "text": "The build failed: the disk was full.",
+    "metadata": {"branch": "main"},
+}
 
 
 @pytest.fixture

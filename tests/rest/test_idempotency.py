@@ -18,7 +18,7 @@ from tests.rest.asking import at, chunks, document, library, local, ok, problem
 REPLAYED = "idempotent-replayed"
 SHELF = at("libraries", "shelf")
 DOCUMENTS = f"{SHELF}/documents"
-CHUNKS = {"chunks": [{"text": "one", "embedding": [1, 0, 0]}]}
+CHUNKS: dict[str, Any] = {"chunks": [{"text": "one", "embedding": [1, 0, 0]}]}
 
 # method, path (with the id of a chunk), body, headers: each write there is
 WRITES: list[tuple[str, str, dict[str, Any] | None, dict[str, str]]] = [
@@ -26,6 +26,7 @@ WRITES: list[tuple[str, str, dict[str, Any] | None, dict[str, str]]] = [
     ("PATCH", SHELF, {"name": "shelf", "description": "new"}, {}),
     ("PUT", f"{SHELF}/index", {"type": "hnsw"}, {}),
     ("POST", DOCUMENTS, CHUNKS, {}),
+    ("POST", f"{DOCUMENTS}/batch", {"documents": [CHUNKS, {"text": " "}, CHUNKS | {"key": "k"}]}, {}),
     ("PUT", f"{DOCUMENTS}/k", CHUNKS, {"If-Match": '"1"'}),
     ("PATCH", f"{DOCUMENTS}/k", {"metadata": {"n": 1}}, {"If-Match": '"1"'}),
     ("POST", f"{DOCUMENTS}/update", {"filter": {"$key": "k"}, "patch": {"m": 1}, "max_affected": 1}, {}),
@@ -89,7 +90,7 @@ async def test_a_key_names_one_request(client: httpx2.AsyncClient, change: str) 
     ok(await client.patch(f"{DOCUMENTS}/k", json={"title": "a"}, headers=sent | {"If-Match": '"1"'}))
     method = "PUT" if change == "method" else "PATCH"
     path = f"{DOCUMENTS}/l" if change == "path" else f"{DOCUMENTS}/k"
-    body = {"title": "b" if change == "body" else "a"}
+    body: dict[str, Any] = {"title": "b" if change == "body" else "a"}
     tag = '"2"' if change == "if-match" else '"1"'
     body |= CHUNKS if method == "PUT" else {}
     problem(

@@ -6,6 +6,7 @@ import inspect
 import json
 import uuid
 from datetime import UTC, datetime
+from typing import Any
 
 import httpx2
 import msgspec
@@ -88,6 +89,12 @@ CALLS = [
     (
         "update_document", ("handbook", "vacuum"), {"source": "s", "metadata": {"a": {"b": None}}}, DOCUMENT,
         "PATCH /v1/libraries/handbook/documents/vacuum", {"source": "s", "metadata": {"a": {"b": None}}},
+    ),
+    (
+        "changes_page", ("handbook",), {"after": "c1", "limit": 3, "wait": 0.5},
+        {"items": [{"cursor": "c2", "kind": "put", "version": 1, "at": "2025-01-02T03:04:05Z", "document_id": "d",
+                    "key": "k", "created": True}], "next": "c2"},
+        "GET /v1/libraries/handbook/changes?after=c1&limit=3&wait=0.5", None,
     ),
     (
         "add_event", ("handbook", "e1", "It happened."), {"metadata": {"n": 1}},
@@ -264,6 +271,42 @@ async def test_what_is_done_by_filter_is_counted(connect, method, args, options,
     assert (script.asked, script.body) == ([f"POST {DOCUMENTS}/{asked}"], body)
 
 
+def page_of(*cursors: str, then: str) -> dict[str, Any]:
+    items = [{"cursor": cursor, "kind": "library", "version": 1, "at": "2025-01-02T03:04:05Z"} for cursor in cursors]
+    return {"items": items, "next": then}
+
+
+async def test_changes_end_where_nothing_is_new(connect):
+    script = Script(ok(page_of("c1", "c2", then="c2")), ok(page_of("c3", then="c3")), ok(page_of(then="c3")))
+    found = await connect(script).changes("handbook", page_size=2)
+    assert [change.cursor for change in found] == ["c1", "c2", "c3"]
+    assert [dict(request.url.params) for request in script.requests] == [
+        {"limit": "2"},
+        {"limit": "2", "after": "c2"},
+        {"limit": "2", "after": "c3"},
+    ]
+
+
+async def test_who_follows_waits_for_more():
+    pages = [ok(page_of(then="c0")), ok(page_of("c1", then="c1")), ok(page_of(then="c1")), ok(page_of("c2", then="c2"))]
+    for client in (AsyncClient, Client):
+        script = Script(*pages)
+        transport, seen = httpx2.MockTransport(script), []
+        if client is AsyncClient:
+            async for change in AsyncClient(transport=transport).changes("handbook", after="now", follow=True):
+                seen.append(change.cursor)
+                if len(seen) == 2:
+                    break
+        else:
+            for change in Client(transport=transport).changes("handbook", after="now", follow=True):
+                seen.append(change.cursor)
+                if len(seen) == 2:
+                    break
+        assert seen == ["c1", "c2"]
+        asked = [(request.url.params["after"], request.url.params["wait"]) for request in script.requests]
+        assert asked == [("now", "20.0"), ("c0", "20.0"), ("c1", "20.0"), ("c1", "20.0")]
+
+
 async def test_chunks_keep_what_they_include_on_every_page(connect):
     pages = [{"items": [{**CHUNK, "embedding": [0.5, 1]}], "next": "1"}, {"items": [], "next": None}]
     script = Script(*map(ok, pages))
@@ -432,6 +475,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in CALLS),
         *(name for name, *_ in DELETIONS),
         *(name for name, *_ in LISTS),
+        "changes",
         *("query_documents", "count_documents", "update_documents", "delete_documents"),
         *("import_documents", "export_documents", "export_lines"),
     } == {*signatures(Client)}

@@ -1,4 +1,7 @@
-"""`make soak`: seventy kills -9, with their seed; `make soak ARGS="--kills 10 --moves 0 --seed 7"`."""
+"""`make soak`: seventy kills -9, a change feed under writers, repeated requests; each with its seed.
+
+`make soak ARGS="--kills 10 --moves 0 --seed 7"` does a part of it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import time
 from collections import Counter
 
 from tests.soak.crash import KINDS, Ingestion, service
+from tests.soak.feed import follow
 from tests.soak.moves import KINDS as MOVE_KINDS
 from tests.soak.moves import LARGE, moving
+from tests.soak.repeats import repeat
 
 
 async def ingest(kills: int, seed: int, version: int, minutes: float) -> None:
@@ -45,10 +50,24 @@ def move(kills: int, seed: int, version: int, minutes: float) -> None:
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
+def feed(seconds: float, seed: int, version: int) -> None:
+    print(f"seed {seed}: a change feed under sixteen writers for {seconds:g} seconds", flush=True)
+    with service(version) as target:
+        print(follow(target.database.url(), target.url, seed, seconds))
+
+
+def answers(requests: int, seed: int, version: int) -> None:
+    print(f"seed {seed}: {requests} writes through a proxy that drops answers", flush=True)
+    with service(version) as target:
+        print(asyncio.run(repeat(target.url, seed, requests)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="during ingestion")
     parser.add_argument("--moves", type=int, default=20, help="kills while a library moves and its index is built")
+    parser.add_argument("--feed", type=float, default=60, help="seconds that the change feed is written and followed")
+    parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
@@ -57,6 +76,10 @@ def main() -> None:
         asyncio.run(ingest(options.kills, options.seed, options.version, options.minutes))
     if options.moves:
         move(options.moves, options.seed, options.version, options.minutes)
+    if options.feed:
+        feed(options.feed, options.seed, options.version)
+    if options.repeats:
+        answers(options.repeats, options.seed, options.version)
 
 
 if __name__ == "__main__":
