@@ -1,11 +1,11 @@
 -- Embedding as desired state: a chunk without a vector is the request. Workers claim, embed outside any transaction, store.
 
 -- Takes up to p_limit pending chunks of one library (p_limits names other bounds by provider) for p_lease; another worker may have
--- them when the lease is over. It changes nothing that a promotion must hear of, and so takes no locks. Not of providers that are
--- p_busy, nor of libraries that are p_full; those in p_served come last, the first of them first, so that none waits for another's
+-- them when the lease is over. It changes nothing that a promotion must hear of, and so takes no locks. Not of embedders
+-- like one in p_busy, nor of libraries that are p_full; those in p_served come last, the first of them first, so that none waits for another's
 -- thousands; of the rest that which has waited longest. A batch that failed is taken in ever smaller parts, until a text at fault
 -- stands alone. Only libraries in `waiting` that are due are looked at: shelves where nothing waits cost nothing, however many.
-create or replace function pgshelf.claim_pending(p_limit int, p_lease interval, p_limits jsonb default '{}', p_busy text[] default '{}',
+create or replace function pgshelf.claim_pending(p_limit int, p_lease interval, p_limits jsonb default '{}', p_busy jsonb default '[]',
   p_full uuid[] default '{}', p_served uuid[] default '{}')
   returns table (library_id uuid, embedder jsonb, chunk_id uuid, text text, attempts int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
@@ -47,7 +47,7 @@ end $$;
 
 -- The library whose pending chunks shall be taken next. While a provider is away, each writer leaves a row in `waiting`: so it is
 -- read from library to library, not from row to row.
-create or replace function pgshelf.next_waiting(p_busy text[], p_passed uuid[], p_served uuid[]) returns uuid
+create or replace function pgshelf.next_waiting(p_busy jsonb, p_passed uuid[], p_served uuid[]) returns uuid
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -61,7 +61,7 @@ begin
     from w
     cross join lateral (select x.due from pgshelf.waiting x where x.library_id = w.library_id and x.due <= now() order by x.xid limit 1) d
     left join pgshelf.libraries l on l.id = w.library_id and l.deleted_at is null
-    where w.library_id <> all (p_passed) and (l.id is null or l.embedder ->> 'provider' <> all (p_busy))
+    where w.library_id <> all (p_passed) and not exists (select from jsonb_array_elements(p_busy) b where l.embedder @> b.value)
     order by array_position(p_served, w.library_id) nulls first, d.due limit 1);
 end $$;
 

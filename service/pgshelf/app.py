@@ -71,7 +71,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         if settings.default_embedder == "local":  # load the model before the first request needs it
             await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
-        async with worker.running(engine, settings), changes.waking(readers):
+        reconciler = worker.running(engine, settings) if settings.worker_enabled else contextlib.nullcontext()
+        async with reconciler, changes.waking(readers):
             yield
         await providers.close()
         await engine.dispose()

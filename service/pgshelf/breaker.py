@@ -15,14 +15,13 @@ log = logging.getLogger("pgshelf.breaker")
 
 FIRST_WAIT = 1.0  # seconds after it opened, doubled each time a probe fails
 PROBE_WAIT = 1.0  # what others are told while a probe is under way
-LONGEST_TOLD = 300.0  # seconds; a provider that wants to be left alone for longer is asked now and then all the same
 
 
 class CircuitOpen(Exception):
     """The provider has been failing and is not asked now; it will be after `retry_after` seconds."""
 
     def __init__(self, name: str, retry_after: float) -> None:
-        super().__init__(f"{name} has been failing and is left alone for {retry_after:.0f} s")
+        super().__init__(f"{name} has been failing and is not asked before {max(1, retry_after):.0f} s are over")
         self.retry_after = retry_after
 
 
@@ -73,7 +72,7 @@ class Breaker:
         self._in_a_row, self._opened, self._probing = 0, 0, False
 
     def failed(self, probe: bool, retry_after: float | None = None) -> None:
-        """The provider is away or broken; it may have said in how many seconds to come back."""
+        """The provider is away or broken; it may have said in how many seconds to come back, and is asked then at last."""
         if self._opened and not probe:
             return  # a call from before it opened says nothing new
         self._probing = False
@@ -81,7 +80,7 @@ class Breaker:
         if not probe and self._in_a_row < self._failures:
             return
         grown = min(self._longest, FIRST_WAIT * 2.0**self._opened)
-        wait = max(grown * random.uniform(0.75, 1), min(retry_after or 0, LONGEST_TOLD))  # noqa: S311 - jitter
+        wait = max(grown * random.uniform(0.75, 1), min(retry_after or 0, self._longest))  # noqa: S311 - jitter
         self._opened = min(self._opened + 1, 30)
         self._until = self._clock() + wait
         log.warning("%s keeps failing and is left alone for %.1f s", self.name, wait)
