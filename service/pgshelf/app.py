@@ -35,6 +35,7 @@ from pgshelf import (
     metrics,
     openapi,
     providers,
+    retry,
     search,
     worker,
 )
@@ -78,7 +79,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
-    handlers += [events.router, changes.router]
+    handlers += [events.router, changes.router, retry.router]
     handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
