@@ -56,13 +56,14 @@ class CohereServer:
 
     key = "a-key-for-tests"
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.outage: Fault | None = None  # what every request ends in for the time being
         self.asked: list[Asked] = []
         self.texts: list[tuple[str, str]] = []  # (input_type, text) of all that was embedded and answered well
         self.connections = 0
         self.released = threading.Event()  # whoever hangs waits for it
         self._faults: deque[Fault] = deque()
-        self._server = Listener(("127.0.0.1", 0), Handler)
+        self._server = Listener(("127.0.0.1", port), Handler)
         self._server.cohere = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
@@ -75,7 +76,7 @@ class CohereServer:
         self._faults.extend(faults)
 
     def fault(self) -> Fault | None:
-        return self._faults.popleft() if self._faults else None
+        return self._faults.popleft() if self._faults else self.outage
 
     def __enter__(self) -> CohereServer:
         self._thread.start()

@@ -139,9 +139,7 @@ def test_what_the_provider_says_is_honoured_within_bounds(breaker: Breaker, cloc
     assert refused(breaker) == 8
 
 
-def test_opening_and_closing_are_logged_once(
-    breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_opening_and_closing_are_logged_once(breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pgshelf.breaker"):
         trip(breaker)
         refused(breaker)

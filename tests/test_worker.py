@@ -104,7 +104,8 @@ async def engine(quiet: Settings, database_url: str) -> AsyncIterator[AsyncEngin
 def make_library(db: Connection, name: str = "notes", provider: str = "local", dimension: int = DIMENSION) -> UUID:
     row = db.execute(
         """insert into pgshelf.libraries (name, dimension, embedder, chunking)
-        values (%s, %s, jsonb_build_object('provider', %s::text, 'model', 'fake', 'dimension', %s::int), '{"size": 1200, "overlap": 0}')
+        values (%s, %s, jsonb_build_object('provider', %s::text, 'model', 'fake', 'dimension', %s::int),
+          '{"size": 1200, "overlap": 0}')
         returning id""",
         [name, dimension, provider, dimension],
     ).fetchone()

@@ -29,13 +29,11 @@ class Breaker:
     """The circuit of one provider in one process; not for several threads.
 
     Closed, everything passes. After `failures` failures in a row it opens: `enter` refuses. When the wait is over, one
-    call passes as a probe; its success closes the circuit, its failure opens it again for twice as long, up to `longest`
-    seconds. Whoever has entered says how it ended by exactly one of `succeeded`, `failed` and `left`.
+    call passes as a probe; its success closes the circuit, its failure opens it again for twice as long, `longest`
+    seconds at most. Whoever has entered says how it ended by exactly one of `succeeded`, `failed` and `left`.
     """
 
-    def __init__(
-        self, name: str, failures: int, longest: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, name: str, failures: int, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
         self._failures, self._longest, self._clock = failures, longest, clock
         self._in_a_row = 0
@@ -57,7 +55,7 @@ class Breaker:
         return max(0.0, self._until - self._clock())
 
     def enter(self) -> bool:
-        """Ask to call the provider; raises CircuitOpen. True: the call is the probe, whose end is to be told with it."""
+        """Ask to call the provider; raises CircuitOpen. True: the call is the probe, and its end is told with it."""
         if not self._opened:
             return False
         if (wait := self.remaining()) > 0:
@@ -72,7 +70,7 @@ class Breaker:
         self._in_a_row, self._opened, self._probing = 0, 0, False
 
     def failed(self, probe: bool, retry_after: float | None = None) -> None:
-        """The provider is away or broken; it may have said in how many seconds to come back, and is asked then at last."""
+        """The provider is away or broken; a Retry-After of its own counts, up to `longest`."""
         if self._opened and not probe:
             return  # a call from before it opened says nothing new
         self._probing = False

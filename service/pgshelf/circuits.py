@@ -43,7 +43,7 @@ def _circuit(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Bre
 
 @contextlib.contextmanager
 def guarded(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Iterator[None]:
-    """Around a call of a provider: raises EmbedderAway instead while its circuit is open, and notes how the call ends."""
+    """Around a call of a provider, to note how it ends; while the circuit is open, EmbedderAway instead."""
     circuit = _circuit(engine, settings, embedder)
     try:
         probe = circuit.enter()
