@@ -17,7 +17,8 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, shelves
+from pgshelf import database, embedding_cache, providers, shelves
+
 from pgshelf.circuits import away, is_away
 from pgshelf.embedders import EmbedderAway, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import embedder_of, store, text_hash, vectors_of
@@ -327,11 +328,24 @@ async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
             await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
 
+async def alone(settings: Settings, stopped: asyncio.Event) -> None:
+    """Reconcile without serving, until it is told to stop."""
+    assert settings.database_url  # noqa: S101 - who runs a worker has a database
+    engine = database.make_engine(settings, settings.database_url)
+    try:
+        async with running(engine, settings):
+            await stopped.wait()
+    finally:
+        await providers.close()
+        await engine.dispose()
+
+
 @contextlib.asynccontextmanager
 async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None]:
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
     batches = Batches(engine, settings)
-    work = [batches.forever(), _others_forever(engine, settings), _keep_house(engine, settings), shelves.forever(settings)]
+    others = _others_forever(engine, settings)
+    work = [batches.forever(), others, _keep_house(engine, settings), shelves.forever(settings)]
     tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield
