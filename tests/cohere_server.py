@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import uuid
 from collections import deque
@@ -94,6 +95,11 @@ class Listener(ThreadingHTTPServer):
 
     daemon_threads = True
     cohere: CohereServer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

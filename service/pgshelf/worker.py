@@ -18,7 +18,6 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, embedding_cache, providers, shelves
-
 from pgshelf.circuits import away, is_away
 from pgshelf.embedders import EmbedderAway, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import embedder_of, store, text_hash, vectors_of

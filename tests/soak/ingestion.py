@@ -202,8 +202,8 @@ class Kills:
     def _drain(self, connection: psycopg.Connection[Any]) -> None:
         """Nothing waits any more, and nothing is noted that would be waited for."""
         deadline = time.monotonic() + RECOVERY_SECONDS
-        statement = """select (select count(*) from pgshelf.pending_embeddings), (select count(*) from pgshelf.waiting),
-            (select count(*) from pgshelf.pending_embeddings where failed), (select max(error) from pgshelf.pending_embeddings)"""
+        statement = """select count(*), (select count(*) from pgshelf.waiting), count(*) filter (where failed),
+            max(error) from pgshelf.pending_embeddings"""
         while True:
             pending, noted, failed, error = connection.execute(statement.encode()).fetchone() or (0, 0, 0, None)
             assert not failed, f"{failed} chunks were given up: {error}"
@@ -264,7 +264,8 @@ def _settings(cohere: CohereServer) -> dict[str, str]:
 @contextlib.contextmanager
 def kills(version: int, seed: int, directory: Path) -> Iterator[Kills]:
     """Everything that is killed, on a bundled PostgreSQL of its own."""
-    with FaultyCohere(seed) as cohere, service(version, **_settings(cohere)) as target:
+    cohere = FaultyCohere(seed)
+    with cohere, service(version, **_settings(cohere)) as target:
         made = Kills(target, cohere, directory, seed)
         try:
             made.start()
@@ -286,8 +287,8 @@ async def write(url: str, acknowledged: int, name: str) -> None:
                 key = f"{name}-{number}-{count}"
                 body = {"key": key, "chunks": [{"text": text} for text in texts_of(key)]}
                 wait = {"wait": rng.choice(["true", "false", "false"])}
-                while not await _answered(client, body, wait):
-                    await asyncio.sleep(0.1)
+                while not await _answered(client, body, wait):  # noqa: ASYNC110 - nobody tells when it is back
+                    await asyncio.sleep(rng.uniform(0.05, 0.15))
                 os.write(acknowledged, f"{key}\n".encode())
                 await asyncio.sleep(rng.uniform(0, 0.03))
 
