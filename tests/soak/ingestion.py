@@ -25,12 +25,14 @@ import httpx2
 import numpy as np
 import psycopg
 
+from pgshelf_client import AsyncClient, PgshelfError
 from tests.cohere_server import CohereServer, Fault, cut_off, numbers_of, raw, reset, status
 from tests.soak.crash import RECOVERY_SECONDS, Service, service
 
 KINDS = ("client", "worker", "reconciler", "postmaster")
 LIBRARY, DIMENSION = "ingestion", 256
-WRITERS = 3
+WRITERS = 2  # of single documents, beside one that imports
+IMPORTED = 30  # documents of one import
 LEASE = 4  # seconds; what was claimed by who is killed waits this long
 TIMEOUT = 1.0  # seconds until the provider is taken to hang
 FAULTY = 0.12  # the share of requests that fail
@@ -173,14 +175,7 @@ class Kills:
             self.client.keep_up(f"{self.rng.randrange(10**9)}")
 
     def _recover(self) -> None:
-        started = time.monotonic()
-        while True:
-            self.target.keep_up()
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{self.target.url}/ready", timeout=10).status_code == 200:
-                    return
-            assert time.monotonic() - started < RECOVERY_SECONDS, self.target.output[-5000:]
-            time.sleep(0.05)
+        asyncio.run(self.target.ready())
 
     # -- what must be true
 
@@ -292,7 +287,23 @@ async def write(url: str, acknowledged: int, name: str) -> None:
                 os.write(acknowledged, f"{key}\n".encode())
                 await asyncio.sleep(rng.uniform(0, 0.03))
 
-    await asyncio.gather(*[one(number) for number in range(WRITERS)])
+    async def several() -> None:
+        async with AsyncClient(url) as client:
+            for count in range(10**6):
+                keys = [f"{name}-import-{count}-{line}" for line in range(IMPORTED)]
+                documents = [{"key": key, "chunks": [{"text": text} for text in texts_of(key)]} for key in keys]
+                done = False
+                while not done:
+                    with contextlib.suppress(PgshelfError):  # the same name goes on where the import broke off
+                        result = await client.import_documents(
+                            LIBRARY, documents, batch_size=10, parallel=1, name=f"{name}-{count}"
+                        )
+                        assert not result.failed, result.failed
+                        done = True
+                    await asyncio.sleep(0.1)
+                os.write(acknowledged, "".join(f"{key}\n" for key in keys).encode())
+
+    await asyncio.gather(several(), *[one(number) for number in range(WRITERS)])
 
 
 async def _answered(client: httpx2.AsyncClient, body: dict[str, Any], wait: dict[str, str]) -> bool:
