@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,8 @@ LIBRARY, DIMENSION = "ingestion", 256
 WRITERS = 2  # of single documents, beside one that imports
 IMPORTED = 30  # documents of one import
 LEASE = 4  # seconds; what was claimed by who is killed waits this long
-TIMEOUT = 1.0  # seconds until the provider is taken to hang
+TIMEOUT = 4.0  # seconds until the provider is taken to hang
+LATE = 1.0  # seconds; an answer that took longer may have come when nobody waited for it any more
 FAULTY = 0.12  # the share of requests that fail
 PERSISTED = 3.0  # seconds from an answer to its storing, on a machine that is busy
 SAMPLE = 20
@@ -48,16 +50,21 @@ def texts_of(key: str) -> list[str]:
 
 
 class Answered(list[tuple[str, str]]):
-    """What the provider answered well, and when."""
+    """What the provider answered well and in time, and when."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moments: list[float] = []
+        self.late = 0
+        self.request = threading.local()  # of the thread that answers: when it began
 
     def __iadd__(self, more: Iterable[tuple[str, str]]) -> Answered:  # type: ignore[override,misc]
-        added = list(more)
-        self.extend(added)
-        self.moments += [time.monotonic()] * len(added)
+        added, now = list(more), time.monotonic()
+        if now - self.request.begun > LATE:
+            self.late += len(added)
+        else:
+            self.extend(added)
+            self.moments += [now] * len(added)
         return self
 
     def __setitem__(self, place: SupportsIndex | slice, value: Any) -> None:
@@ -79,10 +86,11 @@ class FaultyCohere(CohereServer):
             "reset": reset,
             "cut off": cut_off,
             "garbage": raw(b"<html>"),
-            "hang": lambda handler, _: time.sleep(2 * TIMEOUT),
+            "hang": lambda handler, _: time.sleep(TIMEOUT + 1),
         }
 
     def fault(self) -> Fault | None:
+        self.answered.request.begun = time.monotonic()
         time.sleep(self._rng.uniform(0.01, 0.15))
         if self._rng.random() > FAULTY:
             return None
@@ -232,9 +240,10 @@ class Kills:
         kills = ", ".join(f"{kind} x {count}" for kind, count in self.kills.most_common())
         faults = ", ".join(f"{kind} x {count}" for kind, count in self.cohere.faults.most_common())
         acknowledged = self.acknowledged.read_text().count("\n")
+        answered = self.cohere.answered
         return (
             f"kills: {kills}\n{self.documents} documents, {self.chunks} chunks, {acknowledged} acknowledged; "
-            f"{len(self.cohere.answered)} texts answered, {self.doubled} twice, each met by a kill\n"
+            f"{len(answered)} texts answered in time and {answered.late} late, {self.doubled} again, each met by a kill\n"
             f"{len(self.cohere.asked)} requests to the provider, faults: {faults}"
         )
 
