@@ -18,6 +18,6 @@ def test_what_was_acknowledged_is_embedded_once_whoever_is_killed(postgres_versi
     with kills(postgres_version if postgres_version in embedded.VERSIONS else 18, SEED, tmp_path) as target:
         for kind in KINDS:
             print(kind)
-            target.run(kind, seconds=1.0)
+            target.run(kind, seconds=0.5, check=kind == KINDS[-1])
         print(target.figures())
         assert target.documents > 20

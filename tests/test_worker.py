@@ -811,6 +811,24 @@ async def test_the_lease_of_a_slow_call_is_renewed(
     assert waiting(db) == []
 
 
+async def test_a_lease_is_renewed_only_where_nobody_is_in_the_way(
+    db: Connection, database_url: str, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["free"])
+    put(db, "b", ["held"])
+    put(db, "c", ["old"])
+    batch = await worker.Batches(engine, quiet).claim()
+    assert batch is not None
+    patch(db, "old", "new")
+    with psycopg.connect(database_url) as other:
+        other.execute("select 1 from pgshelf.chunks where text = 'held' for update")
+        await batch._lease(1000)
+    assert [(row[0], row[3] > 900) for row in waiting(db)] == [("free", True), ("held", False), ("new", False)]
+    db.execute("select pgshelf.delete_library('notes')")
+    await batch._lease(0)  # what is gone needs no lease
+
+
 async def test_vectors_wait_for_a_database_that_is_away(
     db: Connection, postgres: Any, engine: AsyncEngine, quiet: Settings, fake: Fake
 ) -> None:
