@@ -19,7 +19,8 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding, worker
+from pgshelf import batches, database, embedding, worker
+from pgshelf.batches import Batches
 from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, TextRefused
 from pgshelf.settings import Settings
 
@@ -395,7 +396,7 @@ async def test_an_embedder_that_breaks_in_an_unforeseen_way_stops_nothing_else(
     make_library(db, "gone")
     db.execute("select pgshelf.delete_library('gone')")
     fake.errors = [RuntimeError("a bug")]
-    with caplog.at_level(logging.WARNING, "pgshelf.worker"):
+    with caplog.at_level(logging.WARNING, "pgshelf"):
         await worker.reconcile(engine, quiet)
     assert "a bug" in caplog.text
     assert db.execute("select count(*) from pgshelf.libraries").fetchone() == (1,), "the round ended early"
@@ -688,7 +689,7 @@ async def test_ending_gives_back_what_is_not_done(
     fake: Fake,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.2)
+    monkeypatch.setattr(batches, "GRACE", 0.2)
     make_library(db)
     put(db, "a", ["one"])
     fake.answers.clear()
@@ -737,7 +738,7 @@ async def test_a_provider_that_hangs_delays_no_other(
     fakes: dict[str, Fake],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.0)
+    monkeypatch.setattr(batches, "GRACE", 0.0)
     make_library(db, "slow", "remote")
     make_library(db)
     fakes["remote"].answers.clear()
@@ -769,11 +770,11 @@ async def test_libraries_take_turns(
     make_library(db, "large")
     make_library(db, "small")
     put(db, "a", [f"large {number}" for number in range(30)], "large")
-    batches = worker.Batches(engine, make_settings(quiet.database_url, embed_batch=5))
+    running = Batches(engine, make_settings(quiet.database_url, embed_batch=5))
     for number in range(6):
         if number == 2:
             put(db, "a", ["small"], "small")
-        batch = await batches.claim()
+        batch = await running.claim()
         assert batch is not None
         await batch.work()
     assert [call[0].split()[0] for call in fake.calls] == ["large", "large", "small", "large", "large", "large"]
@@ -782,12 +783,12 @@ async def test_libraries_take_turns(
 async def test_a_long_list_of_turns_is_cut(
     db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "REMEMBERED", 2)
-    batches = worker.Batches(engine, quiet)
+    monkeypatch.setattr(batches, "REMEMBERED", 2)
+    running = Batches(engine, quiet)
     for name in ("one", "two", "three"):
         make_library(db, name)
         put(db, "a", [name], name)
-        batch = await batches.claim()
+        batch = await running.claim()
         assert batch is not None and batch.provider == "local"
         await batch.work()
     assert fake.texts == {"one": 1, "two": 1, "three": 1}
@@ -818,7 +819,7 @@ async def test_a_lease_is_renewed_only_where_nobody_is_in_the_way(
     put(db, "a", ["free"])
     put(db, "b", ["held"])
     put(db, "c", ["old"])
-    batch = await worker.Batches(engine, quiet).claim()
+    batch = await Batches(engine, quiet).claim()
     assert batch is not None
     patch(db, "old", "new")
     with psycopg.connect(database_url) as other:
@@ -856,7 +857,7 @@ async def test_vectors_wait_for_a_database_that_is_away(
 async def test_vectors_that_nobody_can_store_are_not_kept_for_ever(
     db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "STORE_PATIENCE", 0.3)
+    monkeypatch.setattr(batches, "STORE_PATIENCE", 0.3)
     make_library(db)
     put(db, "a", ["one"])
     db.execute("alter function pgshelf.store_embeddings set lock_timeout = '50ms'")
