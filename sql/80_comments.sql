@@ -46,3 +46,9 @@ comment on function pgshelf.update_documents is
   'When more than max_affected match, nothing is changed and an error (PS021) is raised.';
 comment on function pgshelf.delete_documents is
   'Deletes all documents that match a filter, with their chunks, and returns how many; dry_run and max_affected as in update_documents.';
+
+comment on column pgshelf.pending_embeddings.attempts is 'How often it failed while its provider served others; an outage does not count.';
+comment on column pgshelf.pending_embeddings.failed is 'Given up, with the reason in error; pgshelf.retry_embeddings tries it again.';
+comment on function pgshelf.retry_embeddings is
+  'Lets the worker try again what was given up, and returns how many chunks: select pgshelf.retry_embeddings(''handbook'', ''{"year": 2025}''). '
+  'Without a filter those of all documents.';

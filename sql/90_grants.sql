@@ -23,6 +23,7 @@ begin
       pgshelf.delete_document(text, text, bigint) to pgshelf_writer;
     grant execute on function pgshelf.library_index, pgshelf.index_recall to pgshelf_writer;
     grant execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes, pgshelf.update_documents, pgshelf.delete_documents to pgshelf_writer;
+    grant execute on function pgshelf.retry_embeddings to pgshelf_writer;
     grant references (id) on pgshelf.documents to pgshelf_writer;
   end if;
 end $$;

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import uuid
 from collections import deque
@@ -57,13 +58,14 @@ class CohereServer:
     key = "a-key-for-tests"
     embeds = "/v2/embed"  # where texts become vectors
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.outage: Fault | None = None  # what every request ends in for the time being
         self.asked: list[Asked] = []
         self.texts: list[tuple[str, str]] = []  # (input_type, text) of all that was embedded and answered well
         self.connections = 0
         self.released = threading.Event()  # whoever hangs waits for it
         self._faults: deque[Fault] = deque()
-        self._server = Listener(("127.0.0.1", 0), Handler)
+        self._server = Listener(("127.0.0.1", port), Handler)
         self._server.cohere = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
@@ -88,7 +90,7 @@ class CohereServer:
         return [(body["input_type"], text) for text in body["texts"]]
 
     def fault(self) -> Fault | None:
-        return self._faults.popleft() if self._faults else None
+        return self._faults.popleft() if self._faults else self.outage
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -106,6 +108,11 @@ class Listener(ThreadingHTTPServer):
 
     daemon_threads = True
     cohere: CohereServer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no news."""
+        if not isinstance(sys.exception(), (ConnectionError, json.JSONDecodeError)):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -386,6 +387,30 @@ def test_serve_refuses_what_it_cannot_do(
     result = run("serve", *arguments, **environment)
     assert result.exit_code == 1
     assert result.stderr.startswith("pgshelf: ") and said in result.stderr
+
+
+def test_worker_embeds_without_serving_and_ends_when_told(database_url: str, tmp_path: Path) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+    known = {"PGSHELF_DATABASE_URL": database_url, "PGSHELF_WORKER_INTERVAL": "0.05", "PGSHELF_WORKER_ENABLED": "false"}
+    with psycopg.connect(database_url, autocommit=True) as db, (tmp_path / "log").open("wb") as log:
+        db.execute(
+            "insert into pgshelf.libraries (name, dimension, embedder, chunking, index) values ('l', 64,"
+            """ '{"provider": "local", "dimension": 64}', '{"size": 100, "overlap": 0}', '{"type": "auto"}')"""
+        )
+        db.execute("select pgshelf.put_document('l', 'k', texts => '{one,two}')")
+        command = [str(Path(sys.executable).with_name("pgshelf")), "worker"]
+        process = subprocess.Popen(command, env=inherited | known, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while db.execute("select count(*) from pgshelf.pending_embeddings").fetchone() != (0,):
+                assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait()
+    assert (tmp_path / "log").read_text().startswith(f"pgshelf {pgshelf.__version__} works on postgresql://")
 
 
 def test_serve_refuses_a_busy_port(run: Run) -> None:

@@ -128,7 +128,7 @@ PUT = "select pgshelf.put_document(%s, %s, texts => %s, embeddings => %s)"
 STORE = "select pgshelf.store_embeddings(%s, %s, %s, %s)"
 INSERT = """insert into pgshelf.chunks (shelf, place, library_id, document_id, ordinal, text, embedding, language)
 values (%s, 1, %s, %s, %s, 'text', %s, 'english')"""
-FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, 'no', array[null]::float8[])"
+FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, 'no', array[null]::float8[], true)"
 KEEPERS = ["put_document", "patch_chunk", "delete_chunk", "store_embeddings", "fail_embeddings"]
 WRITERS = [*KEEPERS, "delete_document"]
 
@@ -770,7 +770,7 @@ RETRIES = {
         lambda library: (library.id, library.chunks[2]),
     ),
     "fail_embeddings": (  # of a worker that was slower than its lease
-        "select pgshelf.fail_embeddings(%s, %s, %s, 'no', '{0}')",
+        "select pgshelf.fail_embeddings(%s, %s, %s, 'no', '{0}', true)",
         lambda library: (library.id, [library.chunks[2]], [digest("c")]),
     ),
     "update": ("update pgshelf.chunks set embed_after = now() where id = %s", lambda library: (library.chunks[2],)),
@@ -801,7 +801,7 @@ def test_a_shorter_wait_than_the_lease_is_heard_and_a_longer_one_costs_one_look(
 ) -> None:
     owner = only[0]
     library = Library(owner)
-    wait = "select pgshelf.fail_embeddings(%s, %s, %s, 'no', array[%s]::float8[])"
+    wait = "select pgshelf.fail_embeddings(%s, %s, %s, 'no', array[%s]::float8[], true)"
     owner.do("begin" if together else "select")
     assert owner.do(TEXTS) == [("c",)]
     owner.do(wait, library.id, library.chunks[2:], [digest("c")], 0.0)

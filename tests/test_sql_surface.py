@@ -419,6 +419,8 @@ INTERNAL = [
     "select pgshelf.write_document(null, null, null, null, null, null, null, null, null, null)",
     "select pgshelf.claim_pending(1, '1 s')",
     "select pgshelf.store_embeddings(null, null, null, null)",
+    "select pgshelf.lease_again(null, null, null, null)",
+    "select pgshelf.next_waiting(null, null, null)",
     "select pgshelf.delete_library('x')",
     "select pgshelf.reap_deleted()",
     "select pgshelf.patch_chunk(null, null, null, null, null)",

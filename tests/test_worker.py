@@ -19,12 +19,14 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding, worker
+from pgshelf import batches, database, embedding, worker
+from pgshelf.batches import Batches
 from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, TextRefused
 from pgshelf.settings import Settings
 
 DIMENSION = 4
 DEADLINE = 15.0
+DIE = "select chunk_id from pgshelf.claim_pending(%s, %s)"
 Connection = psycopg.Connection[Any]
 
 
@@ -46,6 +48,7 @@ class Fake:
         self.calls: list[list[str]] = []
         self.errors: list[Exception] = []  # raised by the next calls, in order
         self.refused: set[str] = set()
+        self.spoilt_by = ""  # a text that makes every batch with it fail
         self.asked = asyncio.Event()
         self.answers = asyncio.Event()
         self.answers.set()
@@ -60,6 +63,8 @@ class Fake:
         await self.answers.wait()
         if self.errors:
             raise self.errors.pop(0)
+        if self.spoilt_by in texts:
+            raise EmbedderFailed("spoilt")
         for index, text in enumerate(texts):
             if text in self.refused:
                 raise TextRefused(f"cannot embed {text!r}", index)
@@ -100,7 +105,8 @@ async def engine(quiet: Settings, database_url: str) -> AsyncIterator[AsyncEngin
 def make_library(db: Connection, name: str = "notes", provider: str = "local", dimension: int = DIMENSION) -> UUID:
     row = db.execute(
         """insert into pgshelf.libraries (name, dimension, embedder, chunking)
-        values (%s, %s, jsonb_build_object('provider', %s::text, 'dimension', %s::int), '{"size": 1200, "overlap": 0}')
+        values (%s, %s, jsonb_build_object('provider', %s::text, 'model', 'fake', 'dimension', %s::int),
+          '{"size": 1200, "overlap": 0}')
         returning id""",
         [name, dimension, provider, dimension],
     ).fetchone()
@@ -264,13 +270,13 @@ async def test_failures_are_retried_with_growing_waits_and_then_given_up(
         [(_, attempts, error, seconds, failed)] = waiting(db)
         assert (attempts, error, failed) == (attempt, f"broken {attempt}", False)
         assert shortest - 0.5 <= seconds <= longest
-        assert await worker.embed_pending(engine, quiet) == 0, "it does not wait"
+        assert await worker.embed_pending(engine, quiet) is False, "it does not wait"
         due(db)
     fake.errors = [EmbedderFailed("broken for good")]
     await worker.reconcile(engine, quiet)
     assert waiting(db) == [("one", 3, "broken for good", None, True)]
     due(db)
-    assert await worker.embed_pending(engine, quiet) == 0
+    assert await worker.embed_pending(engine, quiet) is False
     assert fake.texts == {"one": 3}
 
 
@@ -282,8 +288,8 @@ async def test_a_provider_says_when_to_come_back(
     fake.errors = [EmbedderUnavailable("busy", 30)]
     await worker.reconcile(engine, quiet)
     for _, attempts, error, seconds, failed in waiting(db):
-        assert (attempts, error, failed) == (1, "busy", False)
-        assert 28 <= seconds <= 30
+        assert (attempts, error, failed) == (0, "busy", False), "an outage counts as an attempt"
+        assert 28 <= seconds <= 33
     due(db)
     await worker.reconcile(engine, quiet)
     assert statuses(db) == {"one": "ready", "two": "ready"}
@@ -292,18 +298,53 @@ async def test_a_provider_says_when_to_come_back(
 
 
 async def test_a_provider_that_is_away_for_long_costs_no_chunk(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
+    patient = make_settings(quiet.database_url, worker_attempts=2, circuit_failures=100)
     make_library(db)
     put(db, "a", ["one"])
-    for _ in range(quiet.worker_attempts + 2):
+    for _ in range(5):
         fake.errors = [EmbedderUnavailable("away", 5)]
-        assert await worker.reconcile(engine, quiet)
-        [(_, _, error, _, failed)] = waiting(db)
-        assert (error, failed) == ("away", False)
+        assert await worker.reconcile(engine, patient)
+        [(_, attempts, error, _, failed)] = waiting(db)
+        assert (attempts, error, failed) == (0, "away", False)
         due(db)
-    await worker.reconcile(engine, quiet)
+    await worker.reconcile(engine, patient)
     assert statuses(db) == {"one": "ready"}
+
+
+async def test_a_provider_that_fails_for_everybody_is_left_alone_and_no_chunk_is_given_up(
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+) -> None:
+    hasty = make_settings(quiet.database_url, worker_attempts=3, circuit_failures=2, circuit_wait=0.6)
+    make_library(db)
+    put(db, "a", ["one"])
+    for _ in range(5):
+        fake.errors = [EmbedderFailed("it breaks")]
+        assert await worker.embed_pending(engine, hasty)
+        [(_, attempts, error, _, failed)] = waiting(db)
+        assert (attempts <= 1, error, failed) == (True, "it breaks", False)
+        due(db)
+        if len(fake.calls) > 1:
+            assert await worker.embed_pending(engine, hasty) is False, "it is asked all the same"
+            assert waiting(db)[0][3] <= 0, "the chunk is not left as it was"
+            await asyncio.sleep(0.6)
+    await worker.embed_pending(engine, hasty)
+    assert statuses(db) == {"one": "ready"}
+
+
+async def test_of_a_batch_that_fails_in_the_end_only_the_text_at_fault_is_given_up(
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+) -> None:
+    patient = make_settings(quiet.database_url, worker_attempts=4, circuit_failures=100, embed_batch=16)
+    make_library(db)
+    texts = [f"text {number}" for number in range(20)]
+    put(db, "a", [*texts, "bad"])
+    fake.spoilt_by = "bad"
+    while await worker.embed_pending(engine, patient):
+        due(db)
+    assert statuses(db) == {text: "ready" for text in texts} | {"bad": "failed"}
+    assert waiting(db) == [("bad", 4, "spoilt", None, True)]
 
 
 async def test_a_new_chunk_is_not_given_up_for_its_neighbours_attempts(
@@ -355,13 +396,61 @@ async def test_an_embedder_that_breaks_in_an_unforeseen_way_stops_nothing_else(
     make_library(db, "gone")
     db.execute("select pgshelf.delete_library('gone')")
     fake.errors = [RuntimeError("a bug")]
-    with caplog.at_level(logging.WARNING, "pgshelf.worker"):
+    with caplog.at_level(logging.WARNING, "pgshelf"):
         await worker.reconcile(engine, quiet)
     assert "a bug" in caplog.text
     assert db.execute("select count(*) from pgshelf.libraries").fetchone() == (1,), "the round ended early"
     due(db)
     await worker.reconcile(engine, quiet)
     assert statuses(db) == {"one": "ready"}
+
+
+# -- what was given up is tried again
+
+
+def give_up(db: Connection) -> None:
+    db.execute("update pgshelf.chunks set embed_after = 'infinity', embed_attempts = 8, embed_error = 'no'")
+
+
+async def test_what_was_given_up_is_tried_again_when_somebody_says_so(
+    db: Connection, engine: AsyncEngine, quiet: Settings, make_client: Any, fake: Fake
+) -> None:
+    make_library(db)
+    make_library(db, "other")
+    put(db, "a", ["one", "two"])
+    put(db, "b", ["three"])
+    put(db, "b", ["elsewhere"], "other")
+    give_up(db)
+    db.execute("update pgshelf.documents set metadata = '{\"year\": 2025}' where key = 'b'")
+    put(db, "c", ["four"])
+    client: httpx2.AsyncClient = await make_client(quiet)
+
+    answer = await client.post("/v1/libraries/notes/embeddings/retry", json={"filter": {"year": 2025}})
+    assert (answer.status_code, answer.json()) == (200, {"retried": 1})
+    assert statuses(db) == {"one": "failed", "two": "failed", "three": "pending", "four": "pending"}
+    [(attempts, error, failed)] = [row[1:3] + row[4:] for row in waiting(db) if row[0] == "three"]
+    assert (attempts, error, failed) == (0, "no", False), "the reason is gone before it is tried"
+    stats = (await client.get("/v1/libraries/notes/stats")).json()
+    assert (stats["pending"], stats["failed"]) == (2, 2)
+
+    assert (await client.post("/v1/libraries/notes/embeddings/retry", json={})).json() == {"retried": 2}
+    assert (await client.post("/v1/libraries/notes/embeddings/retry", json={})).json() == {"retried": 0}
+    while await worker.reconcile(engine, quiet):
+        pass
+    assert set(statuses(db).values()) == {"ready"}
+    assert statuses(db, "other") == {"elsewhere": "failed"}
+
+
+async def test_trying_again_refuses_what_it_cannot_mean(
+    db: Connection, quiet: Settings, make_client: Any, fake: Fake
+) -> None:
+    make_library(db)
+    make_library(db, "mine", "none")
+    client: httpx2.AsyncClient = await make_client(quiet)
+    wrong = await client.post("/v1/libraries/notes/embeddings/retry", json={"filter": {"year": {"$near": 1}}})
+    assert (wrong.status_code, wrong.json()["code"]) == (400, "validation_failed")
+    assert (await client.post("/v1/libraries/nowhere/embeddings/retry", json={})).status_code == 404
+    assert (await client.post("/v1/libraries/mine/embeddings/retry", json={})).json() == {"retried": 0}
 
 
 # -- what dies or changes meanwhile
@@ -373,11 +462,11 @@ async def test_the_claim_of_a_dead_worker_is_taken_again_after_its_lease(
     make_library(db)
     put(db, "a", ["one", "two"])
     dead = make_settings(quiet.database_url, worker_lease=0.6)
-    claimed = await database.run(engine, worker.CLAIM, 10, timedelta(seconds=dead.worker_lease))
+    claimed = await database.run(engine, DIE, 10, timedelta(seconds=dead.worker_lease))
     assert len(claimed) == 2  # and then its process was killed
 
     started = time.monotonic()
-    assert await worker.embed_pending(engine, quiet) == 0, "the lease does not hold"
+    assert await worker.embed_pending(engine, quiet) is False, "the lease does not hold"
     while not await worker.embed_pending(engine, quiet):
         assert time.monotonic() - started < DEADLINE
         await asyncio.sleep(0.05)
@@ -555,7 +644,7 @@ async def test_the_chunk_that_waited_longest_comes_first(
     make_library(db, "patient")
     put(db, "a", ["first"], "patient")
     put(db, "a", [f"later {number}" for number in range(quiet.embed_batch * 2)], "busy")
-    assert await worker.embed_pending(engine, quiet) == 1
+    assert await worker.embed_pending(engine, quiet)
     assert fake.texts == {"first": 1}
 
 
@@ -592,9 +681,15 @@ async def test_the_reconciler_outlives_the_loss_of_its_database(
     assert (await client.get("/v1/libraries")).status_code == 200
 
 
-async def test_ending_ends_at_once(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+async def test_ending_gives_back_what_is_not_done(
+    db: Connection,
+    engine: AsyncEngine,
+    make_settings: Callable[..., Settings],
+    quiet: Settings,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(batches, "GRACE", 0.2)
     make_library(db)
     put(db, "a", ["one"])
     fake.answers.clear()
@@ -602,3 +697,175 @@ async def test_ending_ends_at_once(
     async with worker.running(engine, make_settings(quiet.database_url, worker_interval=60)):
         await asyncio.wait_for(fake.asked.wait(), DEADLINE)
     assert datetime.now(UTC) - started < timedelta(seconds=3)
+    [(_, attempts, error, seconds, _)] = waiting(db)
+    assert (attempts, error) == (0, None)
+    assert seconds <= 0, "the lease holds although nobody works on it"
+    fake.answers.set()
+    assert await worker.embed_pending(engine, quiet)
+    assert statuses(db) == {"one": "ready"}
+
+
+async def test_ending_lets_a_batch_end_that_soon_will(
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["one"])
+    fake.answers.clear()
+    async with worker.running(engine, make_settings(quiet.database_url)):
+        await asyncio.wait_for(fake.asked.wait(), DEADLINE)
+        asyncio.get_running_loop().call_later(0.3, fake.answers.set)
+    assert statuses(db) == {"one": "ready"}
+    assert fake.texts == {"one": 1}
+
+
+# -- several batches at once
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
+    """Stand in for the embedders of libraries, by provider."""
+    made = {"local": Fake(), "remote": Fake()}
+    made["remote"].provider = "remote"
+    monkeypatch.setattr(embedding, "embedder_for", lambda _, choice: made[choice["provider"]])
+    return made
+
+
+async def test_a_provider_that_hangs_delays_no_other(
+    db: Connection,
+    engine: AsyncEngine,
+    make_settings: Callable[..., Settings],
+    quiet: Settings,
+    fakes: dict[str, Fake],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batches, "GRACE", 0.0)
+    make_library(db, "slow", "remote")
+    make_library(db)
+    fakes["remote"].answers.clear()
+    put(db, "a", [f"slow {number}" for number in range(40)], "slow")
+    async with worker.running(engine, make_settings(quiet.database_url, embed_batch=4, worker_interval=0.05)):
+        await asyncio.wait_for(fakes["remote"].asked.wait(), DEADLINE)
+        put(db, "a", [f"{number}" for number in range(10)])
+        await until(lambda: set(statuses(db).values()) == {"ready"}, "the other library embedded")
+        assert set(statuses(db, "slow").values()) == {"pending"}
+        assert len(fakes["remote"].calls) == 3, "one library takes all places, or too few"
+        put(db, "b", ["quick"], make_library_name(db, "quick", "remote"))
+        await until(lambda: ["quick"] in fakes["remote"].calls, "a library of the same provider is asked for")
+        put(db, "c", ["late"], make_library_name(db, "late", "remote"))
+        await asyncio.sleep(0.3)
+        assert len(fakes["remote"].calls) == 4, "more calls at once than are allowed"
+        fakes["remote"].answers.set()
+        await until(lambda: waiting(db) == [], "all embedded")
+    assert set(fakes["remote"].texts.values()) == {1}
+
+
+def make_library_name(db: Connection, name: str, provider: str) -> str:
+    make_library(db, name, provider)
+    return name
+
+
+async def test_libraries_take_turns(
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+) -> None:
+    make_library(db, "large")
+    make_library(db, "small")
+    put(db, "a", [f"large {number}" for number in range(30)], "large")
+    running = Batches(engine, make_settings(quiet.database_url, embed_batch=5))
+    for number in range(6):
+        if number == 2:
+            put(db, "a", ["small"], "small")
+        batch = await running.claim()
+        assert batch is not None
+        await batch.work()
+    assert [call[0].split()[0] for call in fake.calls] == ["large", "large", "small", "large", "large", "large"]
+
+
+async def test_a_long_list_of_turns_is_cut(
+    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "REMEMBERED", 2)
+    running = Batches(engine, quiet)
+    for name in ("one", "two", "three"):
+        make_library(db, name)
+        put(db, "a", [name], name)
+        batch = await running.claim()
+        assert batch is not None and batch.provider == "local"
+        await batch.work()
+    assert fake.texts == {"one": 1, "two": 1, "three": 1}
+
+
+async def test_the_lease_of_a_slow_call_is_renewed(
+    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+) -> None:
+    short = make_settings(quiet.database_url, worker_lease=0.6, worker_enabled=False)
+    make_library(db)
+    put(db, "a", ["one", "two"])
+    fake.answers.clear()
+    task = asyncio.create_task(worker.embed_pending(engine, short))
+    await asyncio.wait_for(fake.asked.wait(), DEADLINE)
+    for _ in range(15):
+        assert await worker.embed_pending(engine, short) is False, "texts are sent twice"
+        await asyncio.sleep(0.1)
+    fake.answers.set()
+    await task
+    assert fake.texts == {"one": 1, "two": 1}
+    assert waiting(db) == []
+
+
+async def test_a_lease_is_renewed_only_where_nobody_is_in_the_way(
+    db: Connection, database_url: str, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["free"])
+    put(db, "b", ["held"])
+    put(db, "c", ["old"])
+    batch = await Batches(engine, quiet).claim()
+    assert batch is not None
+    patch(db, "old", "new")
+    with psycopg.connect(database_url) as other:
+        other.execute("select 1 from pgshelf.chunks where text = 'held' for update")
+        await batch._lease(1000)
+    assert [(row[0], row[3] > 900) for row in waiting(db)] == [("free", True), ("held", False), ("new", False)]
+    db.execute("select pgshelf.delete_library('notes')")
+    await batch._lease(0)  # what is gone needs no lease
+
+
+async def test_vectors_wait_for_a_database_that_is_away(
+    db: Connection, postgres: Any, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["one"])
+    name = db.info.dbname
+    fake.answers.clear()
+    task = asyncio.create_task(worker.embed_pending(engine, quiet))
+    await asyncio.wait_for(fake.asked.wait(), DEADLINE)
+    with psycopg.connect(postgres.admin_url, autocommit=True) as admin:
+        admin.execute(f'alter database "{name}" with allow_connections false'.encode())
+        try:
+            kill = "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s and pid <> %s"
+            admin.execute(kill, [name, db.info.backend_pid])
+            fake.answers.set()
+            await asyncio.sleep(0.5)
+            assert not task.done()
+        finally:
+            admin.execute(f'alter database "{name}" with allow_connections true'.encode())
+    assert await task
+    assert statuses(db) == {"one": "ready"}
+    assert fake.texts == {"one": 1}
+
+
+async def test_vectors_that_nobody_can_store_are_not_kept_for_ever(
+    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "STORE_PATIENCE", 0.3)
+    make_library(db)
+    put(db, "a", ["one"])
+    db.execute("alter function pgshelf.store_embeddings set lock_timeout = '50ms'")
+    with db.transaction():
+        db.execute("update pgshelf.documents set title = 'held'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await worker.embed_pending(engine, quiet)
+    assert statuses(db) == {"one": "pending"}
+    due(db)
+    assert await worker.embed_pending(engine, quiet)
+    assert statuses(db) == {"one": "ready"}

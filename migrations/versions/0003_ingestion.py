@@ -100,6 +100,9 @@ comment on column pgshelf.embedding_cache.key is
   'SHA-256 of provider, model, dimension, kind, options and text: see embedding_cache.py.';
 comment on column pgshelf.embedding_cache.used_at is 'Correct to the hour.';
 alter table pgshelf.embedding_cache enable row level security;
+-- two functions of the worker take more now; they are there unless the database comes from nothing
+drop function if exists pgshelf.claim_pending(int, interval);
+drop function if exists pgshelf.fail_embeddings(uuid, uuid[], text[], text, float8[]);
 """
 
 NEXT_EMBEDDER = """

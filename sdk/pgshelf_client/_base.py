@@ -57,6 +57,12 @@ class Affected(msgspec.Struct, frozen=True):
 
 
 CHANGES = msgspec.json.Decoder(Changes)
+
+
+class Retried(msgspec.Struct, frozen=True):
+    retried: int
+
+
 CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
@@ -70,6 +76,7 @@ LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
 READINESS = msgspec.json.Decoder(Readiness)
 AFFECTED = msgspec.json.Decoder(Affected)
+RETRIED = msgspec.json.Decoder(Retried)
 BATCH_RESULT = msgspec.json.Decoder(BatchResult)
 SEARCH_RESULT = msgspec.json.Decoder(SearchResult)
 STATS = msgspec.json.Decoder(LibraryStats)

@@ -338,6 +338,12 @@ class Client:
         path = ("libraries", library, "documents", "delete")
         return (self._fetch(self._routes.call("POST", *path, body=body, reads=dry_run), base.AFFECTED)).affected
 
+    def retry_embeddings(self, library: Name, *, filter: Mapping[str, Any] | None = None) -> int:
+        """Try failed embeddings again, of all documents or of those that match; how many chunks it were."""
+        path = ("libraries", library, "embeddings", "retry")
+        call = self._routes.call("POST", *path, body=base.search_body(filter=filter))
+        return (self._fetch(call, base.RETRIED)).retried
+
     # Import and export
 
     def import_documents(

@@ -35,6 +35,7 @@ from pgshelf import (
     metrics,
     openapi,
     providers,
+    retry,
     search,
     worker,
 )
@@ -71,13 +72,14 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         if settings.default_embedder == "local":  # load the model before the first request needs it
             await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
-        async with worker.running(engine, settings), changes.waking(readers):
+        reconciler = worker.running(engine, settings) if settings.worker_enabled else contextlib.nullcontext()
+        async with reconciler, changes.waking(readers):
             yield
         await providers.close()
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
-    handlers += [events.router, changes.router]
+    handlers += [events.router, changes.router, retry.router]
     handlers += [search.router, indexes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],

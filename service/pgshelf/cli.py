@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -117,6 +118,38 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         finally:
             stop.set()
             metrics.cleanup()
+
+
+@main.command("worker")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+def worker_command(data_dir: Path | None) -> None:
+    """Embed what is pending, build indexes and clean up, without serving.
+
+    A service does that itself unless PGSHELF_WORKER_ENABLED is false; any number of both may run.
+    """
+    settings = _settings(data_dir=data_dir)
+    with _database(settings) as (url, server):
+        if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
+            _migrate(url, settings)
+        if server is None:
+            _say_what_fails(url, settings)
+        stop = threading.Event()
+        if server is not None:
+            threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()
+        click.echo(f"pgshelf {__version__} works on {settings.summary()['database_url'] if server is None else url}")
+        try:
+            asyncio.run(_until_told(msgspec.structs.replace(settings, database_url=url)))
+        finally:
+            stop.set()
+
+
+async def _until_told(settings: Settings) -> None:
+    from pgshelf import worker
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await worker.alone(settings, stopped)
 
 
 def _say_what_fails(url: str, settings: Settings) -> None:

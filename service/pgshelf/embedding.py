@@ -13,7 +13,7 @@ import numpy as np
 from pgvector import Vector
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache
+from pgshelf import circuits, database, embedding_cache
 from pgshelf.embedders import (
     Embedder,
     EmbedderError,
@@ -126,7 +126,8 @@ async def vectors_of(
     failures: list[EmbedderError] = []
 
     async def ask(batch: list[str]) -> None:
-        answer = dict(zip(batch, await call(embedder, batch, kind), strict=True))
+        with circuits.guarded(engine, settings, embedder):
+            answer = dict(zip(batch, await call(embedder, batch, kind), strict=True))
         made.update(answer)
         if cached:
             await embedding_cache.remember(engine, embedder, answer, kind)

@@ -31,6 +31,7 @@ from pgshelf.index_choice import IndexChoice
 from pgshelf.indexes import Index
 from pgshelf.ingest import DocumentInput
 from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
+from pgshelf.retry import Retried, RetryEmbeddings
 from pgshelf.search import Batch, BatchAnswer, LibrariesAnswer, LibrariesRequest
 from pgshelf.searching import SearchAnswer, SearchRequest
 
@@ -123,6 +124,7 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
         "patch": {"reviewed": False, "draft": None},
         "max_affected": 1000,
     },
+    RetryEmbeddings: {"filter": {"year": 2025}},
     DeleteDocuments: {"filter": {"$updated_at": {"$lt": "2020-01-01"}}, "dry_run": True},
     FacetsRequest: {"attributes": ["year", "$source"], "filter": {"chunk.$text": {"$ilike": "%vacuum%"}}, "limit": 5},
 }
@@ -198,6 +200,7 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     LibrariesAnswer: {"hits": [{**HIT, "library": "handbook"}], "took_ms": 4.1},
     DocumentsFound: {"items": [DOCUMENT_ANSWER], "next": None, "total": 1},
     Affected: {"affected": 12},
+    Retried: {"retried": 3},
     DocumentResults: {
         "results": [
             {"status": 201, "id": DOCUMENT, "key": "guide/analyze"},

@@ -70,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     worker_enabled: bool = True
     worker_interval: Annotated[float, Meta(gt=0)] = 0.5
     worker_lease: Annotated[float, Meta(gt=0)] = 60.0
+    worker_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
     worker_attempts: Annotated[int, Meta(ge=1)] = 8
     embed_batch: Annotated[int, Meta(ge=1, le=10_000)] = 256
 
@@ -78,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     changes_max_wait: Annotated[float, Meta(ge=0)] = 60.0
     changes_readers: Annotated[int, Meta(ge=1)] = 1000
     idempotency_retention: Annotated[float, Meta(gt=0)] = 24.0
+    circuit_failures: Annotated[int, Meta(ge=1, le=1000)] = 5
+    circuit_wait: Annotated[float, Meta(gt=0, le=3600)] = 60.0
 
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024

@@ -17,7 +17,8 @@ ORDER = [  # each needs what those before it made
     "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "addEvent",
     "listDocuments", "listChanges", "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk",
     "search", "searchBatch", "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex",
-    "queryDocuments", "facets", "updateDocuments", "deleteDocuments", "deleteChunk", "deleteDocument", "deleteLibrary",
+    "queryDocuments", "facets", "updateDocuments", "retryEmbeddings", "deleteDocuments", "deleteChunk",
+    "deleteDocument", "deleteLibrary",
 ]  # fmt: skip
 
 
@@ -103,7 +104,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
     described = await document(client)
     schemas = described["components"]["schemas"]
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
-    answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken", "Changes", "Change"}
+    answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken", "Changes", "Change", "Retried"}
     assert answers <= {name for name in schemas if "examples" in schemas[name]}
     for name, schema in schemas.items():
         for value in schema.get("examples", []):
@@ -147,6 +148,7 @@ async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
         "DocumentQuery",
         "UpdateDocuments",
         "DeleteDocuments",
+        "RetryEmbeddings",
         "FacetsRequest",
     ):
         assert schemas[name]["additionalProperties"] is False, name

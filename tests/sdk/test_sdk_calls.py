@@ -307,6 +307,15 @@ async def test_who_follows_waits_for_more():
         assert asked == [("now", "20.0"), ("c0", "20.0"), ("c1", "20.0"), ("c1", "20.0")]
 
 
+async def test_failed_embeddings_are_tried_again(connect):
+    script = Script(ok({"retried": 3}), ok({"retried": 1}))
+    client = connect(script)
+    assert await client.retry_embeddings("handbook") == 3
+    assert (script.asked, script.body) == (["POST /v1/libraries/handbook/embeddings/retry"], {})
+    assert await client.retry_embeddings("handbook", filter={"year": 1}) == 1
+    assert script.body == {"filter": {"year": 1}}
+
+
 async def test_chunks_keep_what_they_include_on_every_page(connect):
     pages = [{"items": [{**CHUNK, "embedding": [0.5, 1]}], "next": "1"}, {"items": [], "next": None}]
     script = Script(*map(ok, pages))
@@ -477,7 +486,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in LISTS),
         "changes",
         *("query_documents", "count_documents", "update_documents", "delete_documents"),
-        *("import_documents", "export_documents", "export_lines"),
+        *("import_documents", "export_documents", "export_lines", "retry_embeddings"),
     } == {*signatures(Client)}
 
 

@@ -50,6 +50,7 @@ WRITES: list[Case] = [
     ("update_chunk", ("x", "c"), {"text": "t"}, ok(CHUNK)),
     ("update_documents", ("x", {"a": 1}, {"a": 2}), {}, ok({"affected": 1})),
     ("delete_documents", ("x", {"a": 1}), {}, ok({"affected": 1})),
+    ("retry_embeddings", ("x",), {}, ok({"retried": 1})),
     ("add_event", ("x", "e", "t"), {}, ok({"id": "e", "document_id": "d", "key": "e", "duplicate": False}, 202)),
     ("delete_document", ("x", "k"), {"if_match": 1}, ok(status=204)),
     ("delete_library", ("x",), {}, ok(status=204)),

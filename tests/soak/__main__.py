@@ -1,6 +1,9 @@
-"""`make soak`: seventy kills -9, a change feed under writers, repeated requests; each with its seed.
+"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests; with seeds.
 
-`make soak ARGS="--kills 10 --moves 0 --seed 7"` does a part of it.
+A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --outage 1 --seed 7"`.
+"""`make soak`: kills -9 of all kinds and outages of a provider, with their seeds.
+
+A part of it: `make soak ARGS="--kills 0 --moves 0 --provider 20 --outage 1 --seed 7"`.
 """
 
 from __future__ import annotations
@@ -8,9 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
+import httpx2
+
+from tests.soak import ingestion, outage
 from tests.soak.crash import KINDS, Ingestion, service
 from tests.soak.feed import follow
 from tests.soak.moves import KINDS as MOVE_KINDS
@@ -60,6 +68,36 @@ def answers(requests: int, seed: int, version: int) -> None:
     print(f"seed {seed}: {requests} writes through a proxy that drops answers", flush=True)
     with service(version) as target:
         print(asyncio.run(repeat(target.url, seed, requests)))
+def embed(kills: int, seed: int, version: int, minutes: float) -> None:
+    print(f"seed {seed}: {kills} kills -9 while a faulty provider embeds", flush=True)
+    rng, started = random.Random(seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ingestion.kills(version, seed, Path(folder)) as target:
+        for number in range(1, kills + 1):
+            if time.monotonic() - started > minutes * 60:
+                raise SystemExit(f"seed {seed}: only {number - 1} of {kills} kills within {minutes:g} minutes")
+            kind, begun = rng.choice(ingestion.KINDS), time.monotonic()
+            target.run(kind, seconds=1.0)
+            print(f"{number:3} {kind:<10} {time.monotonic() - begun:5.1f} s", flush=True)
+        print(f"seed {seed}: what was acknowledged is there once, whole and embedded\n{target.figures()}")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+async def away(kind: str, minutes: float, version: int) -> None:
+    provider = outage.Provider()
+    options = {"cohere_api_key": provider.key, "cohere_base_url": provider.url, "cohere_timeout": "2"}
+    try:
+        with service(version, **options) as target:
+            await target.ready()
+            async with httpx2.AsyncClient(base_url=target.url, timeout=30) as client:
+                seen = outage.Outage(client, provider, kind)
+                await seen.run(minutes * 60)
+    finally:
+        provider.close()
+    print(
+        f"{kind} for {minutes:g} minutes: {dict(seen.answers)}, {len(seen.written)} documents written meanwhile, ",
+        end="",
+    )
+    print(f"all as before after {seen.healed:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -68,6 +106,8 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=20, help="kills while a library moves and its index is built")
     parser.add_argument("--feed", type=float, default=60, help="seconds that the change feed is written and followed")
     parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
+    parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
+    parser.add_argument("--outage", type=float, default=3, help="minutes for which a provider is away, in each way")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
@@ -80,6 +120,11 @@ def main() -> None:
         feed(options.feed, options.seed, options.version)
     if options.repeats:
         answers(options.repeats, options.seed, options.version)
+    if options.provider:
+        embed(options.provider, options.seed, options.version, options.minutes)
+    if options.outage:
+        for kind in outage.KINDS:
+            asyncio.run(away(kind, options.outage, options.version))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,18 @@ class Service:
         if self.process.poll() is not None:
             self.process = self._start()
 
+    async def ready(self) -> float:
+        """Wait until it is ready, and tell for how long; that takes no help but a start of what has ended."""
+        started = time.monotonic()
+        while True:
+            self.keep_up()
+            with contextlib.suppress(httpx2.TransportError):
+                async with httpx2.AsyncClient(base_url=self.url, timeout=10) as client:
+                    if (await client.get("/ready")).status_code == 200:
+                        return time.monotonic() - started
+            assert time.monotonic() - started < RECOVERY_SECONDS, self.output[-5000:]
+            await asyncio.sleep(0.05)
+
     def stop(self) -> None:
         self.process.terminate()
         try:
@@ -200,17 +212,7 @@ class Ingestion:
             (await client.post("/v1/libraries", json={"name": LIBRARY})).raise_for_status()
 
     async def _recover(self) -> float:
-        """Wait until it is ready; that takes no help but a start of what has ended."""
-        started = time.monotonic()
-        while True:
-            self.service.keep_up()
-            with contextlib.suppress(httpx2.TransportError):
-                async with httpx2.AsyncClient(base_url=self.service.url, timeout=10) as client:
-                    if (await client.get("/ready")).status_code == 200:
-                        break
-            assert time.monotonic() - started < RECOVERY_SECONDS, self.service.output[-5000:]
-            await asyncio.sleep(0.05)
-        return time.monotonic() - started
+        return await self.service.ready()
 
     async def _write(self, number: int, seed: float) -> None:
         rng = random.Random(seed)

@@ -54,6 +54,10 @@ class EmbedderTimeout(EmbedderUnavailable):
     """The provider did not answer in time."""
 
 
+class EmbedderAway(EmbedderUnavailable):
+    """The provider has been failing for everybody, and so it was not asked."""
+
+
 class Embedder(Protocol):
     """Turns texts into vectors; equal texts give equal vectors, in whatever batch they come."""
 
