@@ -1,9 +1,6 @@
-"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests; with seeds.
+"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests.
 
-A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --outage 1 --seed 7"`.
-"""`make soak`: kills -9 of all kinds and outages of a provider, with their seeds.
-
-A part of it: `make soak ARGS="--kills 0 --moves 0 --provider 20 --outage 1 --seed 7"`.
+All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --seed 7"`.
 """
 
 from __future__ import annotations
@@ -68,6 +65,8 @@ def answers(requests: int, seed: int, version: int) -> None:
     print(f"seed {seed}: {requests} writes through a proxy that drops answers", flush=True)
     with service(version) as target:
         print(asyncio.run(repeat(target.url, seed, requests)))
+
+
 def embed(kills: int, seed: int, version: int, minutes: float) -> None:
     print(f"seed {seed}: {kills} kills -9 while a faulty provider embeds", flush=True)
     rng, started = random.Random(seed), time.monotonic()
