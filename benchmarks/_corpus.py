@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -422,26 +422,34 @@ class Truth:
         return min(float(good) / k, 1.0)
 
 
-class Stopwatch:
-    """Milliseconds of a statement: the client's, or with `cpu` those that the server's process spent computing.
+def clock(connection: psycopg.Connection[Any], cpu: bool) -> Callable[[], int]:
+    """Nanoseconds now: of this process's clock, or with `cpu` those that the server's process has spent computing.
 
     The latter (Linux only) is for machines that others use too; waiting, sending and receiving are not in it.
     """
+    if not cpu:
+        return time.perf_counter_ns
+    accounts = Path(f"/proc/{connection.info.backend_pid}/schedstat")
+
+    def spent() -> int:
+        time.sleep(0.0005)  # until the server's process waits again, and its time is booked
+        return int(accounts.read_text().split()[0])
+
+    return spent
+
+
+class Stopwatch:
+    """Milliseconds of a statement, by such a clock."""
 
     def __init__(self, connection: psycopg.Connection[Any], cpu: bool) -> None:
         self.connection = connection
-        self._accounts = Path(f"/proc/{connection.info.backend_pid}/schedstat") if cpu else None
+        self._now = clock(connection, cpu)
 
     def run(self, statement: str, parameters: Any) -> tuple[float, list[tuple[Any, ...]]]:
         """Execute a prepared statement: its milliseconds and its rows."""
         before = self._now()
         rows = self.connection.execute(statement, parameters, binary=True, prepare=True).fetchall()
-        if self._accounts:
-            time.sleep(0.0005)  # until the server's process waits again, and its time is booked
         return (self._now() - before) / 1e6, rows
-
-    def _now(self) -> int:
-        return int(self._accounts.read_text().split()[0]) if self._accounts else time.perf_counter_ns()
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

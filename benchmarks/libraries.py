@@ -19,6 +19,7 @@ import numpy as np
 import psycopg
 from psycopg.types.json import Jsonb
 
+from benchmarks._corpus import clock
 from pgshelf import embedded, migrate, shelves
 from pgshelf.settings import Settings
 
@@ -126,19 +127,6 @@ def measure(url: str, options: argparse.Namespace) -> None:
         missed += kept == "NO"
         print(f"| {name:55} | {statistics.median(found):9.2f} | {max(found):7.2f} | {kept:>8} |")
     print("MISSED" if missed else "all goals are kept")
-
-
-def clock(connection: psycopg.Connection[Any], cpu: bool) -> Callable[[], int]:
-    """Nanoseconds now: of this process's clock, or those that the server's process has spent computing."""
-    if not cpu:
-        return time.perf_counter_ns
-    accounts = Path(f"/proc/{connection.info.backend_pid}/schedstat")
-
-    def spent() -> int:
-        time.sleep(0.0005)  # until the server's process waits again, and its time is booked
-        return int(accounts.read_text().split()[0])
-
-    return spent
 
 
 def timed(now: Callable[[], int], rounds: int, call: Callable[[], Any]) -> list[float]:

@@ -637,7 +637,8 @@ create or replace function pgshelf.index_estimate(p_index jsonb, p_rows bigint, 
   immutable parallel safe language sql
 as $$
   select (p_rows * case v.type when 'flat' then 0 when 'kdtree' then 80 when 'ivfflat' then v.key + 24
-      else 1.05 * (v.key + 104 + 12.5 * v.m) end)::bigint,
+      else 1.05 * (v.key + 104 + 12.5 * v.m) end
+      + case v.type when 'ivfflat' then 4096 * v.lists else 0 end)::bigint,  -- the last page of each list is half empty
     (case v.type when 'flat' then 0 when 'kdtree' then 0
       when 'ivfflat' then greatest(50.0 * v.lists, 10000) * (v.key + 4.0 * v.lists + 8) + v.lists * (12.0 * v.key + 4.0 * v.lists)
       else p_rows * (v.key + 200 + 33.0 * v.m) end)::bigint,
