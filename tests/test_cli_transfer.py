@@ -251,11 +251,23 @@ def test_a_killed_import_is_gone_on_with_by_the_same_command(
     assert stored(shared_database_url) == list(range(total)), "each once, also those without a key"
 
 
-def test_an_import_without_a_server_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_transfer, "RETRIES", 0)
+def test_an_import_without_a_server_says_so_soon(tmp_path: Path) -> None:
     (tmp_path / "a.ndjson").write_bytes(b"{}\n")
+    started = time.monotonic()
     result = CliRunner().invoke(main, ["import", "x", str(tmp_path / "a.ndjson"), "--url", "http://127.0.0.1:1"])
     assert result.exit_code == 1 and "Is pgshelf serve running there?" in result.stderr
+    assert time.monotonic() - started < 10
+
+
+def test_a_file_that_nobody_may_read_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pgshelf.transfer.fingerprint", refuse)
+    (tmp_path / "a.ndjson").write_bytes(b"{}\n")
+    result = run("import", "notes", tmp_path / "a.ndjson", *VECTORS, status=1)
+    assert result.stderr.endswith(f"pgshelf: {tmp_path}/a.ndjson: Permission denied\n")
+    assert "Is a directory" in run("import", "notes", tmp_path, "--format", "csv", status=1).stderr
 
 
 class Terminal(io.StringIO):

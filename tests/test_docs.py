@@ -121,7 +121,7 @@ def test_the_examples_of_imports_run(
     pythons = [block for block in blocks(ROOT / "docs/ingestion.md", "python") if "import_documents" in block]
     said = "".join(run_shell(block, live_server) for block in commands)
     assert "notes.ndjson: 2 created, 0 replaced" in said and "staff.csv: 1 created" in said
-    assert "backup.ndjson.gz: 3 documents" in said and '"done":true' in said
+    assert "backup.ndjson.gz: 3 documents" in said
     for python in pythons:
         exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "docs/ingestion.md", "exec"), {})  # noqa: S102 - ours
     assert capsys.readouterr().out.endswith("1000\n")

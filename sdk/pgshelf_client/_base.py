@@ -253,10 +253,8 @@ def search_body(**options: Any) -> dict[str, Any]:
     return fields
 
 
-def numbers(vector: Vector | None) -> list[float] | None:
+def numbers(vector: Vector) -> list[float]:
     """A vector as plain floats; JSON would turn NaN and infinity into null without a word."""
-    if vector is None:
-        return None
     if isinstance(vector, (str, bytes, bytearray)) or not (isinstance(vector, Sequence) or hasattr(vector, "tolist")):
         raise TypeError(f"a vector is a sequence of numbers, not {type(vector).__name__}")
     values = [float(value) for value in (vector if isinstance(vector, Sequence) else vector.tolist())]
@@ -274,7 +272,7 @@ def packed(vector: Vector | None) -> bytes | None:
     if not math.isfinite(
         sum(single)
     ):  # a sum is finite only if all numbers are: in double precision it cannot overflow
-        given = numbers(vector) or []  # names the number that is not finite
+        given = numbers(vector)  # names the number that is not finite
         place = next(place for place, value in enumerate(single) if not math.isfinite(value))
         raise ValueError(f"vector[{place}] is {given[place]}, beyond single precision")
     if sys.byteorder == "big":
@@ -287,7 +285,7 @@ def singles(vector: Vector) -> "array.array[float]":
     kind: Any = getattr(vector, "dtype", None)
     if getattr(vector, "ndim", 1) == 1 and getattr(kind, "kind", "") == "f" and kind.itemsize <= 4:
         return array.array("f", vector.astype("=f4").tobytes())  # type: ignore[union-attr]  # numpy's
-    return array.array("f", numbers(vector) or [])
+    return array.array("f", numbers(vector))
 
 
 def json_object(metadata: Metadata | None) -> msgspec.Raw | None:

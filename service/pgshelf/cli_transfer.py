@@ -87,18 +87,18 @@ def import_command(
         raise click.UsageError("--embedder, --dimension and --metric need --create.")
     if delimiter is not None and len(delimiter) != 1:
         raise click.UsageError("--delimiter is one character.")
-    bad = Rejects(rejects, restart)
-    with bad, connected(settings(), url, RETRIES) as client:
-        try:
-            sources = [Source(name, kind, Columns(names, infer), delimiter) for name in files]
+    bad, options = Rejects(rejects, restart), {"wait": wait, "parallel": parallel}
+    try:
+        sources = [Source(name, kind, Columns(names, infer), delimiter) for name in files]
+        with connected(settings(), url) as client:  # says soon that nobody is there
             if create:
                 _create(client, library, embedder, dimension, metric)
-            options = {"wait": wait, "parallel": parallel}
+            client.get_library(library)
+        with bad, connected(settings(), url, RETRIES) as client:
             for source in sources:
-                resumed = None if restart else _name(source)
-                _import(client, library, source, bad, name=resumed, **options)
-        except FileError as error:
-            raise Failure(str(error)) from None
+                _import(client, library, source, bad, name=None if restart else _name(source), **options)
+    except FileError as error:
+        raise Failure(str(error)) from None
     bad.summary()
     sys.exit(1 if bad.count else 0)
 
@@ -112,11 +112,9 @@ def _create(client: Client, library: str, embedder: str | None, dimension: int |
         wanted["dimension"], dimension = dimension, None
     try:
         client.create_library(library, embedder=wanted if provider else None, dimension=dimension, metric=metric)
-    except Conflict as error:
-        if error.code != "library_exists":
-            raise
-    else:
         click.echo(f"made the library {library}", err=True)
+    except Conflict:
+        return  # it is there
 
 
 def _name(source: Source) -> str | None:

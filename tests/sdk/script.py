@@ -76,7 +76,10 @@ LIBRARY: dict[str, Any] = {
     "description": None,
     "dimension": 256,
     "metric": "cosine",
-    "embedder": {"provider": "local", "model": "wordllama", "dimension": 256},
+    "embedder": {
+        "provider": "local", "model": "wordllama", "dimension": 256, "embedding_type": "float", "truncate": "end",
+        "query_prefix": "query: ", "document_prefix": "passage: ",
+    },
     "chunking": {"size": 1000, "overlap": 100},
     "language": "english",
     "attributes": {"year": "number", "lang": "text"},
@@ -85,7 +88,7 @@ LIBRARY: dict[str, Any] = {
     "version": 1,
     "created_at": "2025-01-02T03:04:05.678901Z",
     "updated_at": "2025-01-02T03:04:05.678901+00:00",
-}
+}  # fmt: skip
 INDEX: dict[str, Any] = {
     "wanted": {"type": "hnsw"},
     "actual": {"type": "flat"},
