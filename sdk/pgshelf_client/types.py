@@ -112,7 +112,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What all answers have in common: they cannot be changed, and unknown fields are ignored."""
 
 
-class Embedder(Answer, frozen=True):
+class Embedder(Answer, frozen=True, omit_defaults=True):
     """What turns the texts of a library into vectors of `dimension` numbers."""
 
     provider: str

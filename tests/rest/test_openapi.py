@@ -10,6 +10,7 @@ import httpx2
 import jsonschema_rs
 import msgspec
 
+from pgshelf.embedders import PROVIDERS
 from pgshelf.errors import CODES, RETRY_AFTER
 from tests.rest.asking import chunks, ok
 
@@ -114,7 +115,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
 async def test_what_answers_may_say_is_listed(client: httpx2.AsyncClient) -> None:
     schemas = (await document(client))["components"]["schemas"]
     assert schemas["Library"]["properties"]["metric"]["enum"] == ["cosine", "inner_product", "l1", "l2"]
-    assert schemas["EmbedderUsed"]["properties"]["provider"]["enum"] == ["local", "none"]
+    assert schemas["EmbedderUsed"]["properties"]["provider"]["enum"] == list(PROVIDERS)
     for name in ("Document", "Chunk"):
         assert schemas[name]["properties"]["status"]["enum"] == ["failed", "pending", "ready"]
     assert schemas["SearchRequest"]["properties"]["include"]["default"] == ["text", "metadata", "document"]
