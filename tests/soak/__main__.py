@@ -58,12 +58,14 @@ def move(kills: int, seed: int, version: int, minutes: float) -> None:
 def feed(seconds: float, seed: int, version: int) -> None:
     print(f"seed {seed}: a change feed under sixteen writers for {seconds:g} seconds", flush=True)
     with service(version) as target:
+        asyncio.run(target.ready())
         print(follow(target.database.url(), target.url, seed, seconds))
 
 
 def answers(requests: int, seed: int, version: int) -> None:
     print(f"seed {seed}: {requests} writes through a proxy that drops answers", flush=True)
     with service(version) as target:
+        asyncio.run(target.ready())
         print(asyncio.run(repeat(target.url, seed, requests)))
 
 
