@@ -210,6 +210,7 @@ class Batches:
                 # a database that is away is not asked, nor complained about, twice a second
                 pause = min(pause * 2, MAX_PAUSE)
                 await asyncio.sleep(around(pause))
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(around(pause)):
                     await self._ended.wait()
