@@ -254,6 +254,7 @@ async def test_more_than_postgresql_can_store(database_url: str, make_settings: 
 class Provider:
     """An embedding provider that fails as it is told to, or gives what it is told to."""
 
+    provider, model, dimension = "local", "fails", 256
     batch, cached = 10, False
 
     def __init__(self, outcome: Exception) -> None:

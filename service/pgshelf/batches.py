@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from pgshelf import database
 from pgshelf.circuits import away, is_away
 from pgshelf.embedders import EmbedderAway, EmbedderError, EmbedderUnavailable, TextRefused
+from pgshelf.embedders.cohere import CohereEmbedder
 from pgshelf.embedding import embedder_of, store, text_hash, vectors_of
 from pgshelf.errors import Problem, problem_of
 from pgshelf.settings import Settings
@@ -35,7 +36,7 @@ EXPECTED = (Problem, psycopg.Error)  # the database is away, busy or refuses: th
 MAX_PAUSE = 10.0  # seconds between two rounds while they fail
 GRACE = 5.0  # seconds that batches have to end when the process shall
 STORE_PATIENCE = 60.0  # seconds for which vectors that are paid for wait for a database that is away
-CALL_TEXTS = {"cohere": 96}  # what one call takes; a batch is one call, so that a kill costs no more
+LOCAL = ("local", "sentence_transformers")  # they compute on this machine
 LOCAL_AT_ONCE = 2  # while one batch is stored another is embedded; more would only share the processors
 REMEMBERED = 100  # libraries whose turn it was
 Claimed = tuple[Any, ...]  # a row of CLAIM
@@ -169,6 +170,8 @@ class Batches:
         self._running: dict[asyncio.Task[None], Batch] = {}
         self._served: dict[UUID, None] = {}  # in the order of their last turn
         self._ended = asyncio.Event()
+        # a batch is one call where calls cost money: a kill costs no more
+        self._call_texts = {"cohere": CohereEmbedder.batch, "openai": settings.openai_batch}
 
     async def claim(self) -> Batch | None:
         """The next batch, if there is one that is due and a place for it."""
@@ -179,7 +182,7 @@ class Batches:
         most = self.settings.embed_batch
         claimed = await database.run(
             self.engine, CLAIM, most, timedelta(seconds=self.settings.worker_lease),
-            Jsonb({provider: min(most, texts) for provider, texts in CALL_TEXTS.items()}),
+            Jsonb({provider: min(most, texts) for provider, texts in self._call_texts.items()}),
             Jsonb(busy + away(self.engine)), full, list(self._served),
         )  # fmt: skip
         if not claimed:
@@ -193,7 +196,7 @@ class Batches:
 
     def _places(self, provider: str) -> int:
         places = self.settings.worker_concurrency
-        return min(places, LOCAL_AT_ONCE) if provider == "local" else places
+        return min(places, LOCAL_AT_ONCE) if provider in LOCAL else places
 
     async def forever(self) -> None:
         """Start batches for as long as there are any, then look again when one ends, or after a pause."""
@@ -210,6 +213,7 @@ class Batches:
                 # a database that is away is not asked, nor complained about, twice a second
                 pause = min(pause * 2, MAX_PAUSE)
                 await asyncio.sleep(around(pause))
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(around(pause)):
                     await self._ended.wait()

@@ -151,7 +151,8 @@ class Outage:
         await self._until(asked, back)
         self.healed = time.monotonic() - back
         twice = {text: count for text, count in self.provider.answered().items() if count > 1}
-        assert not twice, f"embedded twice: {twice}"
+        # whoever takes slow for hanging may have been answered when he had given up
+        assert not twice or self.kind == "hang", f"embedded twice: {twice}"
 
     async def _all_ready(self) -> bool:
         stats = await self._ok("GET", f"{ADDRESS}/stats")
