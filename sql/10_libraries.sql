@@ -39,9 +39,6 @@ end $$;
 create or replace function pgshelf.documents_written(p_library pgshelf.libraries, p_documents uuid[]) returns void
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_columns constant text := 'place, library_id, document_id, ordinal, id, text, metadata, embedding, language,
-    embed_attempts, embed_after, embed_error';
 begin
   if p_library.moving = 1 then
     insert into pgshelf.move_log (library_id, document_id) select p_library.id, unnest(p_documents);
@@ -50,9 +47,7 @@ begin
     update pgshelf.documents d set updated_at = d.updated_at where d.id = any (p_documents);
     execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', p_library.moving_to)
       using p_library.id, p_documents;
-    execute format('insert into pgshelf.chunks_s%1$s (shelf, %3$s) select %1$s, %3$s from pgshelf.chunks_s%2$s
-      where library_id = $1 and document_id = any ($2)', p_library.moving_to, p_library.shelf, v_columns)
-      using p_library.id, p_documents;
+    execute pgshelf.copying(p_library, 'library_id = $1 and document_id = any ($2)') using p_library.id, p_documents;
   end if;
 end $$;
 
@@ -68,7 +63,8 @@ begin
   perform pgshelf.lock_library(v_id);
   insert into pgshelf.retired_shelves (shelf) select x.shelf from pgshelf.libraries l
     cross join lateral (values (l.shelf), (l.moving_to)) x(shelf) where l.id = v_id and x.shelf <> 0;
-  update pgshelf.libraries l set shelf = 0, moving = 0, moving_to = null, index_actual = '{"type": "flat"}' where l.id = v_id;
+  update pgshelf.libraries l set shelf = 0, moving = 0, moving_to = null, moving_change = null, index_actual = '{"type": "flat"}' where l.id = v_id;
+  update pgshelf.embedder_changes c set phase = 'over' where c.library_id = v_id and c.phase <> 'over';
   if exists (select 1 from pg_constraint c where c.contype = 'f' and c.confrelid = 'pgshelf.documents'::regclass) then
     delete from pgshelf.documents d where d.library_id = v_id;
   end if;

@@ -9,7 +9,9 @@ declare
   v_dimension int;
   v_metric text;
 begin
-  select l.dimension, l.metric into v_dimension, v_metric
+  -- rows of a move to vectors of another embedder have that one's dimension; their table checks it
+  select case when new.shelf = l.moving_to and l.moving_change is not null then @vector@.vector_dims(new.embedding) else l.dimension end, l.metric
+    into v_dimension, v_metric
     from pgshelf.documents d join pgshelf.libraries l on l.id = d.library_id
     where d.id = new.document_id and d.library_id = new.library_id for key share of d;
   if not found then

@@ -172,7 +172,16 @@ $$;
 create or replace function pgshelf.index_task(p_library pgshelf.libraries, p_rows bigint, p_promote_at int, out task text, out target jsonb)
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_next jsonb := (select c.embedder from pgshelf.embedder_changes c where c.library_id = p_library.id and c.phase = 'switching');
 begin
+  if v_next is not null then
+    -- the vectors of another embedder need other rows, on whatever shelf; shelf 0 has room for one kind only
+    p_library.dimension := (v_next ->> 'dimension')::int;
+    target := coalesce(pgshelf.index_target(p_library, p_rows, p_promote_at), case p_library.shelf when 0 then pgshelf.index_in_full(p_library) end);
+    task := case when target is null then 'demote' else 'promote' end;
+    return;
+  end if;
   target := pgshelf.index_target(p_library, p_rows, p_promote_at);
   task := case
     when p_library.shelf = 0 and target is not null
@@ -200,6 +209,8 @@ begin
   if not found then
     raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
   end if;
+  perform pgshelf.check_index(p_index, (c.embedder ->> 'dimension')::int, v_library.metric)
+    from pgshelf.embedder_changes c where c.library_id = v_library.id and c.phase <> 'over';
   v_library.index := p_index;
   select t.task into v_task from pgshelf.index_task(v_library, pgshelf.rows_that_matter(v_library, p_promote_at), p_promote_at) t;
   update pgshelf.libraries l set index = p_index, index_attempts = 0, index_after = now(), index_error = null,
@@ -296,19 +307,21 @@ begin
 end $$;
 
 -- First fence of a move: from now on writers log what they write. Tells the shelf it goes to, 0 or a new one; null if the library
--- was deleted meanwhile.
-create or replace function pgshelf.move_begin(p_library uuid, p_own boolean) returns int
+-- was deleted meanwhile, or p_change is no longer the change of its embedder whose vectors are to be on the new shelf.
+create or replace function pgshelf.move_begin(p_library uuid, p_own boolean, p_change int default null) returns int
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.fence(p_library);
   v_to int := case when p_own then nextval('pgshelf.shelf_seq') else 0 end;
 begin
-  if v_library.id is null or v_library.deleted_at is not null or v_library.moving <> 0 or v_library.shelf = v_to then
+  if v_library.id is null or v_library.deleted_at is not null or v_library.moving <> 0 or v_library.shelf = v_to
+    or p_change is distinct from
+      (select c.serial from pgshelf.embedder_changes c where c.library_id = p_library and c.phase = 'switching') then
     return null;
   end if;
   delete from pgshelf.move_log m where m.library_id = p_library;
-  update pgshelf.libraries l set moving = 1, moving_to = v_to where l.id = p_library;
+  update pgshelf.libraries l set moving = 1, moving_to = v_to, moving_change = p_change where l.id = p_library;
   return v_to;
 end $$;
 
@@ -333,7 +346,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.fence(p_library);
 begin
-  if (v_library.deleted_at is null and v_library.moving = 2 and v_library.moving_to = p_to) is not true then
+  if (v_library.deleted_at is null and v_library.moving = 2 and v_library.moving_to = p_to and v_library.moving_change is null) is not true then
     return false;
   end if;
   update pgshelf.libraries l set shelf = p_to, moving = 0, moving_to = null, index_actual = p_index, index_after = now()
@@ -351,7 +364,7 @@ create or replace function pgshelf.move_abort(p_library uuid) returns void
 as $$
 begin
   perform pgshelf.fence(p_library);
-  update pgshelf.libraries l set moving = 0, moving_to = null where l.id = p_library and l.moving <> 0;
+  update pgshelf.libraries l set moving = 0, moving_to = null, moving_change = null where l.id = p_library and l.moving <> 0;
   delete from pgshelf.move_log m where m.library_id = p_library;
 end $$;
 
@@ -407,22 +420,23 @@ create or replace function pgshelf.copy_chunks(p_library uuid, p_to int, p_after
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from int := (select l.shelf from pgshelf.libraries l where l.id = p_library);
+  v_library pgshelf.libraries;
   v_after uuid := coalesce(p_after, '00000000-0000-0000-0000-000000000000');
   v_last uuid;
   v_held uuid[];
 begin
+  select * into v_library from pgshelf.libraries l where l.id = p_library;
+  v_library.moving_to := p_to;
   execute format('select c.document_id from pgshelf.chunks_s%s c where c.library_id = $1 and c.document_id > $2
-    order by c.document_id offset $3 limit 1', v_from) into v_last using p_library, v_after, p_limit;
+    order by c.document_id offset $3 limit 1', v_library.shelf) into v_last using p_library, v_after, p_limit;
   if p_to = 0 then
     v_held := array(select d.id from pgshelf.documents d where d.library_id = p_library and d.id > v_after
       and (v_last is null or d.id <= v_last) for key share skip locked);
     insert into pgshelf.move_log (library_id, document_id) select p_library, d.id from pgshelf.documents d
       where d.library_id = p_library and d.id > v_after and (v_last is null or d.id <= v_last) and d.id <> all (v_held);
   end if;
-  execute format('insert into pgshelf.chunks_s%s (shelf, %s) select %1$s, %2$s from pgshelf.chunks_s%3$s
-    where library_id = $1 and document_id > $2 and ($3 is null or document_id <= $3) %4$s', p_to, pgshelf.chunk_columns(), v_from,
-    case when p_to = 0 then 'and document_id = any ($4)' else '' end) using p_library, v_after, v_last, v_held;
+  execute pgshelf.copying(v_library, 'library_id = $1 and document_id > $2 and ($3 is null or document_id <= $3)'
+    || case when p_to = 0 then ' and document_id = any ($4)' else '' end) using p_library, v_after, v_last, v_held;
   return v_last;
 end $$;
 
@@ -431,6 +445,31 @@ create or replace function pgshelf.chunk_columns() returns text
   immutable parallel safe language sql
 as $$ select 'place, library_id, document_id, ordinal, id, text, metadata, embedding, language, embed_attempts, embed_after, embed_error' $$;
 
+-- The statement that copies the chunks of a library that fulfil a condition to the shelf it is moving to. On the way to another
+-- embedder its vectors take the place of those that are used; a text that it refused is given up, one that has none yet waits.
+create or replace function pgshelf.copying(p_library pgshelf.libraries, p_condition text) returns text
+  immutable parallel safe language sql
+as $$
+  select format('insert into pgshelf.chunks_s%1$s (shelf, %2$s) select %1$s, %3$s from pgshelf.chunks_s%4$s c %5$s where %6$s',
+    p_library.moving_to, pgshelf.chunk_columns(),
+    case when p_library.moving_change is null then pgshelf.chunk_columns() else replace(pgshelf.chunk_columns(),
+      'embedding, language, embed_attempts, embed_after, embed_error',
+      'n.embedding, language, 0, case when n.error is null then now() else ''infinity'' end, n.error') end, p_library.shelf,
+    case when p_library.moving_change is not null then format('left join pgshelf.next_embeddings n
+      on n.change = %s and n.hash = sha256(convert_to(c.text, ''UTF8''))', p_library.moving_change) end, p_condition)
+$$;
+
+-- The dimension of the vectors on a shelf of a library: while it moves to another embedder, that one's on the new shelf. Null when
+-- nobody wants that any more.
+create or replace function pgshelf.shelf_dimension(p_library pgshelf.libraries, p_shelf int) returns int
+  stable language sql set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_shelf = p_library.moving_to and p_library.moving_change is not null
+    then (select (c.embedder ->> 'dimension')::int from pgshelf.embedder_changes c
+      where c.serial = p_library.moving_change and c.phase = 'switching')
+    else p_library.dimension end
+$$;
+
 -- Copies up to p_limit documents of the log once more, now that writers write both shelves; tells how many are left, or -1 if there
 -- are some that writers hold. It waits for nobody, so it cannot deadlock. The update makes a deleter with an older snapshot fail,
 -- which would leave behind what it cannot see.
@@ -438,9 +477,11 @@ create or replace function pgshelf.move_drain(p_library uuid, p_to int, p_limit 
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from int := (select l.shelf from pgshelf.libraries l where l.id = p_library);
+  v_library pgshelf.libraries;
   v_documents uuid[];
 begin
+  select * into v_library from pgshelf.libraries l where l.id = p_library;
+  v_library.moving_to := p_to;
   select array_agg(x.id) into v_documents from (select d.id from pgshelf.documents d
     where d.id in (select m.document_id from pgshelf.move_log m where m.library_id = p_library) order by d.id
     limit p_limit for no key update skip locked) x;
@@ -449,8 +490,7 @@ begin
     and not exists (select 1 from pgshelf.documents d where d.id = m.document_id) limit p_limit);
   update pgshelf.documents d set updated_at = d.updated_at where d.id = any (v_documents);
   execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', p_to) using p_library, v_documents;
-  execute format('insert into pgshelf.chunks_s%s (shelf, %s) select %1$s, %2$s from pgshelf.chunks_s%3$s
-    where library_id = $1 and document_id = any ($2)', p_to, pgshelf.chunk_columns(), v_from) using p_library, v_documents;
+  execute pgshelf.copying(v_library, 'library_id = $1 and document_id = any ($2)') using p_library, v_documents;
   delete from pgshelf.move_log m where m.library_id = p_library and m.document_id = any (v_documents);
   return case when coalesce(cardinality(v_documents), 0) = 0 and exists (select 1 from pgshelf.move_log m where m.library_id = p_library)
     then -1 else (select count(*) from pgshelf.move_log m where m.library_id = p_library) end;
@@ -609,7 +649,7 @@ end $$;
 create or replace function pgshelf.build_statements(p_library uuid, p_shelf int, p_index jsonb, p_concurrently boolean) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
-  select format(s, p_shelf, p_index ->> 'serial', pgshelf.index_definition(p_index, l.metric, l.dimension),
+  select format(s, p_shelf, p_index ->> 'serial', pgshelf.index_definition(p_index, l.metric, pgshelf.shelf_dimension(l, p_shelf)),
     case when p_concurrently then 'concurrently' end)
   from pgshelf.libraries l, unnest(array[
     'create index %4$s chunks_s%1$s_v%2$s on pgshelf.chunks_s%1$s %3$s',

@@ -34,6 +34,11 @@ comment on function pgshelf.index_recall(text, int, int) is
   'Measures how well the index of a library finds, against exact search for vectors of its own: select * from pgshelf.index_recall(''handbook''). '
   'found_self below 1 after many updates: reindex index concurrently pgshelf.chunks_s..._v...; see index_status.';
 
+comment on view pgshelf.embedder_status is
+  'The embedder of every library: the one that is used, the one that is wanted (null where none else is), state, progress from 0 to 1.';
+comment on column pgshelf.embedder_status.embedded is 'Chunks whose text has a vector of the wanted embedder, about.';
+comment on function pgshelf.library_embedder(uuid) is 'The embedder of the library of an id; embedder_status shows them for all.';
+
 comment on function pgshelf.facets is
   'How many documents have which value, most frequent first: select * from pgshelf.facets(''handbook'', ''{year,lang}'', ''{"$title": {"$ilike": "vac%"}}''). '
   'Attributes are fields of the documents'' metadata or columns such as $source; the elements of an array count one by one.';

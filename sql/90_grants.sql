@@ -8,6 +8,8 @@ begin
   if to_regrole('pgshelf_reader') is not null then
     grant usage on schema pgshelf to pgshelf_reader;
     grant select on pgshelf.libraries_overview, pgshelf.documents_view, pgshelf.chunks_view, pgshelf.pending_embeddings, pgshelf.index_status to pgshelf_reader;
+    grant select on pgshelf.embedder_status to pgshelf_reader;
+    grant execute on function pgshelf.library_embedder to pgshelf_reader;
     grant execute on function pgshelf.search, pgshelf.search_text, pgshelf.search_hybrid, pgshelf.explain_search, pgshelf.total_hits, pgshelf.library_stats to pgshelf_reader;
     grant execute on function pgshelf.library_index, pgshelf.index_recall to pgshelf_reader;
     grant execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes to pgshelf_reader;
@@ -17,6 +19,8 @@ begin
   if to_regrole('pgshelf_writer') is not null then
     grant usage on schema pgshelf to pgshelf_writer;
     grant select on pgshelf.libraries_overview, pgshelf.documents_view, pgshelf.chunks_view, pgshelf.pending_embeddings, pgshelf.index_status to pgshelf_writer;
+    grant select on pgshelf.embedder_status to pgshelf_writer;
+    grant execute on function pgshelf.library_embedder to pgshelf_writer;
     grant execute on function
       pgshelf.search, pgshelf.search_text, pgshelf.search_hybrid, pgshelf.explain_search, pgshelf.total_hits, pgshelf.library_stats,
       pgshelf.put_document(text, text, text, text[], jsonb, @vector@.vector[], jsonb[], text),

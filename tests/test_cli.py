@@ -28,7 +28,7 @@ from click.testing import CliRunner, Result
 import pgshelf
 from pgshelf import cli, embedded, migrate
 from pgshelf.cli import main
-from pgshelf_client import Client, Index, IndexEstimate
+from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
 from tests.openai_server import OpenAIServer
 from tests.postgres import Server, on_database
@@ -364,6 +364,54 @@ def test_index_says_how_far_it_is(
     monkeypatch.setattr(Client, "wait_for_index", lambda *_, **options: index)
     result = run("index", "notes", "--wait")
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (status, f"state   {said}")
+
+
+# -- embedder
+
+
+def test_embedder_shows_and_changes_the_embedder(run: Run, live_server: Any) -> None:
+    write(live_server, "a")
+    here = ("--url", live_server.url)
+    used = "local, wordllama-l2-supercat, dimension"
+    result = run("embedder", "notes", *here)
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        0, [f"wanted  {used} 256", f"in use  {used} 256", "state   ready"]
+    )  # fmt: skip
+    result = run("embedder", "notes", "--provider", "local", "--dimension", "64", "--wait", *here)
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        0, [f"wanted  {used} 64", f"in use  {used} 64", "state   ready"]
+    )  # fmt: skip
+    found = json.loads(run("embedder", "notes", "--cancel", "--json", *here).stdout)
+    assert (found["embedder"]["dimension"], found["wanted"], found["embedded"], found["total"]) == (64, None, 1, 1)
+
+    result = run("embedder", "notes", "--provider", "nobody", *here)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pgshelf: 422 embedder_not_configured: ")
+    result = run("embedder", "notes", "--dimension", "64", *here)
+    assert (result.exit_code, "need --provider" in result.stderr) == (2, True)
+    result = run("embedder", "notes", "--cancel", "--provider", "local", *here)
+    assert (result.exit_code, "Either --cancel or --provider" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "status"),
+    [
+        ({"state": "embedding", "progress": 0.45, "embedded": 5, "total": 9},
+         "embedding, 45% done, 5 of 9 chunks embedded", 0),
+        ({"state": "failed", "error": "No key."}, "failed: No key.; it is tried again", 1),
+    ],
+)  # fmt: skip
+def test_embedder_says_how_far_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], said: str, status: int
+) -> None:
+    used, wanted = (Embedder(provider="local", dimension=dimension) for dimension in (256, 64))
+    found = EmbedderState(embedder=used, wanted=wanted, **state)
+    monkeypatch.setattr(Client, "get_embedder", lambda *_: found)
+    monkeypatch.setattr(Client, "wait_for_embedder", lambda *_, **options: found)
+    result = run("embedder", "notes", "--wait")
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        status, ["wanted  local, dimension 64", "in use  local, dimension 256", f"state   {said}"]
+    )  # fmt: skip
 
 
 # -- serve: what it refuses before it starts

@@ -440,7 +440,7 @@ async def test_a_build_without_shared_memory_goes_on_alone(
 
     async def run(self: shelves.Shelves, statement: str, *parameters: Any) -> None:
         if "hnsw" in statement:
-            seen.append((await self._rows("select current_setting('max_parallel_maintenance_workers')::int"))[0][0])
+            seen.append((await self.rows("select current_setting('max_parallel_maintenance_workers')::int"))[0][0])
             if len(seen) == 1:
                 raise psycopg.errors.DiskFull("could not resize shared memory segment")
         await plain(self, statement, *parameters)
@@ -460,7 +460,7 @@ async def test_a_build_gets_the_memory_it_is_estimated_to_need(
 
     async def run(self: shelves.Shelves, statement: str, *parameters: Any) -> None:
         if "hnsw" in statement:
-            seen.append((await self._rows("select pg_size_bytes(current_setting('maintenance_work_mem'))"))[0][0])
+            seen.append((await self.rows("select pg_size_bytes(current_setting('maintenance_work_mem'))"))[0][0])
         await plain(self, statement, *parameters)
 
     monkeypatch.setattr(shelves.Shelves, "_run", run)

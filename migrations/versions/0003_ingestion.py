@@ -106,6 +106,51 @@ drop function if exists pgshelf.fail_embeddings(uuid, uuid[], text[], text, floa
 """
 
 NEXT_EMBEDDER = """
+-- what sql/ has with another signature from now on
+drop function if exists pgshelf.move_begin(uuid, boolean);
+
+-- libraries that are to have another embedder; a change that is over stays until its vectors are reaped
+create sequence pgshelf.change_seq as int;
+create table pgshelf.embedder_changes (
+  serial int not null default nextval('pgshelf.change_seq'),
+  library_id uuid not null,
+  embedder jsonb not null,
+  phase text not null default 'embedding',
+  walked uuid,
+  passes int not null default 0,
+  found bigint not null default 0,
+  done bigint not null default 0,
+  attempts int not null default 0,
+  due timestamptz not null default now(),
+  error text,
+  started_at timestamptz not null default now(),
+  constraint embedder_changes_pkey primary key (serial),
+  constraint embedder_changes_embedder_check check (embedder ? 'provider' and embedder ? 'dimension'),
+  constraint embedder_changes_phase_check check (phase in ('embedding', 'switching', 'over'))
+);
+create unique index embedder_changes_library_key on pgshelf.embedder_changes (library_id) where phase <> 'over';
+create table pgshelf.next_embeddings (
+  change int not null,
+  hash bytea not null,
+  embedding @vector@.vector,
+  error text,
+  constraint next_embeddings_pkey primary key (change, hash),
+  constraint next_embeddings_error_check check ((embedding is null) = (error is not null))
+);
+-- all are read once, when the rows that searches will use are written
+alter table pgshelf.next_embeddings alter column embedding set storage main;
+alter table pgshelf.libraries
+  add column moving_change int,
+  add constraint libraries_moving_change_check check (moving_change is null or moving <> 0);
+comment on column pgshelf.libraries.moving_change is
+  'The change of the embedder whose vectors the rows on the new shelf hold; null where they move as they are.';
+comment on table pgshelf.embedder_changes is 'Libraries that are to have another embedder, and how far each is.';
+comment on column pgshelf.embedder_changes.walked is 'The last document that was looked through in this pass.';
+comment on column pgshelf.embedder_changes.found is 'Texts that this pass found without a vector.';
+comment on column pgshelf.embedder_changes.done is 'Chunks that the first pass has seen to.';
+comment on table pgshelf.next_embeddings is
+  'Vectors of an embedder that a library does not use yet, by the SHA-256 of the text.';
+comment on column pgshelf.next_embeddings.error is 'Why there is none: the embedder refused the text.';
 """
 
 IMPORTS = """
@@ -179,6 +224,12 @@ drop table pgshelf.imports;
 """
 
 DOWN_NEXT_EMBEDDER = """
+-- the older version knows of no move whose rows hold other vectors; what was made of the new shelf is swept away
+delete from pgshelf.move_log m using pgshelf.libraries l where l.id = m.library_id and l.moving_change is not null;
+update pgshelf.libraries l set moving = 0, moving_to = null, moving_change = null where l.moving_change is not null;
+alter table pgshelf.libraries drop constraint libraries_moving_change_check, drop column moving_change;
+drop table pgshelf.next_embeddings, pgshelf.embedder_changes;
+drop sequence pgshelf.change_seq;
 """
 
 DOWN_EMBEDDING = """

@@ -21,6 +21,7 @@ from .types import (
     Changes,
     Chunk,
     Document,
+    EmbedderState,
     EventTaken,
     ExportedDocument,
     FacetsResult,
@@ -213,6 +214,56 @@ class AsyncClient:
             if index.state != "building":
                 return index
             await asyncio.sleep(deadline.next_wait(f"the index of {library} is still being built"))
+
+    # Embedders
+
+    async def get_embedder(self, library: Name) -> EmbedderState:
+        """The embedder whose vectors searches use, the one that is wanted, and how far the change is."""
+        return await self._fetch(self._routes.call("GET", "libraries", library, "embedder"), base.EMBEDDER)
+
+    async def set_embedder(
+        self,
+        library: Name,
+        provider: str,
+        *,
+        model: str | None = None,
+        dimension: int | None = None,
+        query_prefix: str | None = None,
+        document_prefix: str | None = None,
+        embedding_type: str | None = None,
+        truncate: str | None = None,
+    ) -> EmbedderState:
+        """Ask for another embedder; the server embeds all texts anew meanwhile, and then all change at once.
+
+        Searches and writes go on, with the old one until then; `wait_for_embedder` waits for that. The one in use
+        calls a change off. The options are those of `embedder` in `create_library`.
+        """
+        body = given(
+            provider=provider,
+            model=model,
+            dimension=dimension,
+            query_prefix=query_prefix,
+            document_prefix=document_prefix,
+            embedding_type=embedding_type,
+            truncate=truncate,
+        )
+        return await self._fetch(self._routes.call("PUT", "libraries", library, "embedder", body=body), base.EMBEDDER)
+
+    async def cancel_embedder(self, library: Name) -> EmbedderState:
+        """Call off a change; the answer says which embedder the library keeps: the new one, if it was too late."""
+        return await self._fetch(self._routes.call("DELETE", "libraries", library, "embedder"), base.EMBEDDER)
+
+    async def wait_for_embedder(self, library: Name, *, timeout: float = 600.0) -> EmbedderState:  # noqa: ASYNC109 - the same in both clients
+        """Ask for the embedder until it is "ready", or the change has "failed" for now.
+
+        TimeoutError after `timeout` seconds; the change goes on.
+        """
+        deadline = base.Deadline(timeout)
+        while True:
+            embedder = await self.get_embedder(library)
+            if embedder.state in ("ready", "failed"):
+                return embedder
+            await asyncio.sleep(deadline.next_wait(f"the embedder of {library} is still being changed"))
 
     # Documents
 

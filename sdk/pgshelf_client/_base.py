@@ -21,6 +21,7 @@ from .types import (
     Changes,
     Chunk,
     Document,
+    EmbedderState,
     EventTaken,
     ExportedDocument,
     FacetsResult,
@@ -67,6 +68,7 @@ CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
+EMBEDDER = msgspec.json.Decoder(EmbedderState)
 INDEX = msgspec.json.Decoder(Index)
 EVENT_TAKEN = msgspec.json.Decoder(EventTaken)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)

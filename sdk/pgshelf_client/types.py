@@ -21,6 +21,7 @@ __all__ = [
     "Document",
     "DocumentSummary",
     "Embedder",
+    "EmbedderState",
     "Explanation",
     "ExportedChunk",
     "ExportedDocument",
@@ -183,6 +184,23 @@ class Index(Answer, frozen=True):
     shelf: int = 0
     moving: bool = False
     estimate: IndexEstimate | None = None
+
+
+class EmbedderState(Answer, frozen=True):
+    """Who makes the vectors of a library, and who shall (`wanted`, None where nobody else is).
+
+    `state` is "ready", "embedding" (vectors of the wanted embedder are made; `embedded` of `total` chunks have one),
+    "switching" (all are there, they get their place and index) or "failed" (`error` says why; the server tries again
+    by itself). Searches use `embedder` until all change at once.
+    """
+
+    embedder: Embedder
+    wanted: Embedder | None = None
+    state: str = "ready"
+    progress: float = 1.0
+    embedded: int = 0
+    total: int = 0
+    error: str | None = None
 
 
 class LibraryStats(Answer, frozen=True):

@@ -22,6 +22,7 @@ from pgshelf import (
     chunks,
     database,
     documents,
+    embedder_changes,
     events,
     exports,
     facets,
@@ -48,6 +49,7 @@ TAGS = [
     Tag("libraries", "Documents that share an embedder, a dimension and a metric."),
     Tag("documents", "What is stored: written whole, with all chunks, in one transaction."),
     Tag("chunks", "The passages that are searched."),
+    Tag("embedders", "Who makes the vectors of a library, and how that is changed while it is searched and written."),
     Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
     Tag("changes", "What happens in a library, one after the other."),
@@ -80,7 +82,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
-    handlers += [search.router, indexes.router, facets.router]
+    handlers += [search.router, indexes.router, embedder_changes.router, facets.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={

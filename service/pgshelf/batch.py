@@ -12,7 +12,7 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import bulk
-from pgshelf.embedding import LibraryConfig, library_config
+from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import invalid, problem_of
 from pgshelf.http import Answer, Config, Engine, LibraryName, Wait, problems
 from pgshelf.idempotency import Write
@@ -65,21 +65,25 @@ async def add_documents(
         return kept
     if len(data.documents) > settings.max_batch:
         raise invalid("documents", f"has {len(data.documents)} documents, at most {settings.max_batch} are allowed")
-    config = await library_config(engine, library)
-    items = [bulk.Item(place) for place in range(len(data.documents))]
-    for item, given in zip(items, data.documents, strict=True):
-        await _prepare(item, config, settings, given)
-    if wait and config.embedder["provider"] != "none":
-        problem = await bulk.embed_new(engine, settings, config, items)
-        for item in items:  # alone, those that bring all their vectors would not have met it
-            if problem and item.prepared and any(vector is None for vector in item.prepared.vectors):
-                item.refuse(problem)
 
-    async def write(connection: AsyncConnection) -> Answer[DocumentResults]:
-        await bulk.write(connection, config.id, items)
-        return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
+    async def prepare_and_write() -> Answer[DocumentResults]:
+        config = await library_config(engine, library)
+        items = [bulk.Item(place) for place in range(len(data.documents))]
+        for item, given in zip(items, data.documents, strict=True):
+            await _prepare(item, config, settings, given)
+        if wait and config.embedder["provider"] != "none":
+            problem = await bulk.embed_new(engine, settings, config, items)
+            for item in items:  # alone, those that bring all their vectors would not have met it
+                if problem and item.prepared and any(vector is None for vector in item.prepared.vectors):
+                    item.refuse(problem)
 
-    return await once.run(write)
+        async def write(connection: AsyncConnection) -> Answer[DocumentResults]:
+            await bulk.write(connection, config, items)
+            return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
+
+        return await once.run(write)
+
+    return await asked_again(prepare_and_write)
 
 
 async def _prepare(item: bulk.Item, config: LibraryConfig, settings: Settings, given: Any) -> None:

@@ -23,7 +23,7 @@ from pgshelf import database
 from pgshelf.circuits import away, is_away
 from pgshelf.embedders import EmbedderAway, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedders.cohere import CohereEmbedder
-from pgshelf.embedding import embedder_of, store, text_hash, vectors_of
+from pgshelf.embedding import EMBEDDER_CHANGED, embedder_of, store, text_hash, vectors_of
 from pgshelf.errors import Problem, problem_of
 from pgshelf.settings import Settings
 
@@ -31,7 +31,7 @@ log = logging.getLogger("pgshelf.batches")
 CLAIM = "select library_id, embedder, chunk_id, text, attempts from pgshelf.claim_pending(%s, %s, %s, %s, %s, %s)"
 LEASE = "select pgshelf.lease_again(%s, %s, %s, %s)"
 # a wait of null gives the chunk up
-FAIL = "select pgshelf.fail_embeddings(%s, %s, %s, %s, %s::float8[], %s)"
+FAIL = "select pgshelf.fail_embeddings(pgshelf.embedded_with(%s, %s), %s, %s, %s, %s::float8[], %s)"
 EXPECTED = (Problem, psycopg.Error)  # the database is away, busy or refuses: the message says enough
 MAX_PAUSE = 10.0  # seconds between two rounds while they fail
 GRACE = 5.0  # seconds that batches have to end when the process shall
@@ -64,6 +64,9 @@ class Batch:
             with contextlib.suppress(*EXPECTED):
                 await self._lease(0)
             raise
+        except psycopg.Error as error:
+            if error.sqlstate != EMBEDDER_CHANGED:
+                raise  # else the chunks were made pending anew, for the other one
         finally:
             renewal.cancel()
 
@@ -96,7 +99,8 @@ class Batch:
         until, pause = loop.time() + STORE_PATIENCE, 0.1
         while True:
             try:
-                await store(self.engine, self.library, [row[2] for row in rest], [row[3] for row in rest], vectors)
+                ids, texts = [row[2] for row in rest], [row[3] for row in rest]
+                await store(self.engine, self.library, self.choice, ids, texts, vectors)
                 self._rest = []
                 return
             except EXPECTED as error:
@@ -104,7 +108,8 @@ class Batch:
                 if problem.status == 422 and isinstance(error, psycopg.Error):  # vectors that do not fit
                     await self._fail(rest, str(error.diag.message_primary))
                     return
-                if problem.status != 503 or loop.time() > until:
+                changed = isinstance(error, psycopg.Error) and error.sqlstate == EMBEDDER_CHANGED
+                if changed or problem.status != 503 or loop.time() > until:
                     raise
                 log.warning("%d vectors wait to be stored: %s", len(rest), error)
             await asyncio.sleep(_jittered(pause))
@@ -129,7 +134,8 @@ class Batch:
         waits = [self._wait(row[4] + 1, final, wait, counts) for row in chunks]
         hashes = [text_hash(row[3]) for row in chunks]
         ids = [row[2] for row in chunks]
-        await database.run(self.engine, FAIL, self.library, ids, hashes, error[:2000], waits, counts)
+        maker = Jsonb(self.choice)
+        await database.run(self.engine, FAIL, self.library, maker, ids, hashes, error[:2000], waits, counts)
         self._rest = [row for row in self._rest if row not in chunks]
 
     def _wait(self, attempts: int, final: bool, wait: float | None, counts: bool) -> float | None:

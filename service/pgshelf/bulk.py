@@ -9,17 +9,19 @@ from uuid import UUID
 import msgspec
 import psycopg
 from msgspec import Meta
+from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database
 from pgshelf.embedders import TextRefused
-from pgshelf.embedding import LibraryConfig, embed
+from pgshelf.embedding import LibraryConfig, embed_for_writing
 from pgshelf.errors import Problem, problem_of, problem_of_state
 from pgshelf.ingest import Prepared
 from pgshelf.settings import Settings
 
 # arrays go in binary (%b): as text they take many times as long
-WRITE = """select n, document_id, created, pending from pgshelf.write_documents(%s, %b::text[], %b::text[], %b::text[],
+WRITE = """select n, document_id, created, pending
+from pgshelf.write_documents(pgshelf.embedded_with(%s, %s), %b::text[], %b::text[], %b::text[],
 %b::jsonb[], %b::int[], %b::int[], %b::text[], %b, %b::jsonb[])"""
 REFUSED = "select n, state, message, hint from pgshelf.refused_documents(%s, %b::text[], %b::int[], %b::int[], %b)"
 VECTOR_STATES = {"PS010", "PS011", "PS012", "PS013"}
@@ -80,11 +82,17 @@ async def embed_new(
         for index, text in enumerate(document.texts)
         if document.vectors[index] is None and (item.key, text) not in known
     ]
+    brought = [
+        text
+        for _, document in able
+        for text, vector in zip(document.texts, document.vectors, strict=True)
+        if vector is not None
+    ]
     while missing:
         texts = [document.texts[index] for _, document, index in missing]
         paths = [document.paths[index] for _, document, index in missing]
         try:
-            made = await embed(engine, settings, config.embedder, texts, "document", paths)
+            made = await embed_for_writing(engine, settings, config, texts, paths, brought)
         except Problem as problem:
             if not isinstance(problem.__cause__, TextRefused):
                 return problem
@@ -94,14 +102,24 @@ async def embed_new(
         else:
             for (_, document, index), vector in zip(missing, made, strict=True):
                 document.vectors[index] = vector
+                document.made.add(index)
             break
     return None
 
 
-async def write(connection: AsyncConnection, library: UUID, items: Sequence[Item]) -> None:
+def forget_made(items: Sequence[Item]) -> None:
+    """Take away the vectors that an embedder made which the library has no more."""
+    for document in [item.prepared for item in items if item.prepared]:
+        for index in document.made:
+            document.vectors[index] = None
+        document.made.clear()
+
+
+async def write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
     """Write all documents that can be, within the transaction of `connection`, and note what became of each.
 
-    They are written as if one by one, in order. Raises what is no document's own fault.
+    They are written as if one by one, in order. Raises what is no document's own fault, such as PS041 when the library
+    has another embedder than the one of `config` that made vectors.
     """
     wave: list[Item] = []
     keys: set[str] = set()
@@ -109,21 +127,22 @@ async def write(connection: AsyncConnection, library: UUID, items: Sequence[Item
         if item.prepared is None:
             continue
         if item.key is not None and item.key in keys:  # replaces what this write has just made
-            await _write(connection, library, wave)
+            await _write(connection, config, wave)
             wave, keys = [], set()
         if item.key is not None:
             keys.add(item.key)
         wave.append(item)
-    await _write(connection, library, wave)
+    await _write(connection, config, wave)
 
 
-async def _write(connection: AsyncConnection, library: UUID, items: Sequence[Item]) -> None:
+async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
     if not items:
         return
     columns = _columns(items)
+    maker = Jsonb(config.embedder) if any(item.prepared and item.prepared.made for item in items) else None
     try:
         async with connection.begin_nested():
-            rows = await database.rows(connection, WRITE, library, *columns)
+            rows = await database.rows(connection, WRITE, config.id, maker, *columns)
     except (psycopg.Error, UnicodeError) as error:
         problem = problem_of(error)
         if problem.status not in OWN_STATUSES:
@@ -134,13 +153,13 @@ async def _write(connection: AsyncConnection, library: UUID, items: Sequence[Ite
         refused = []
         if problem.sqlstate in VECTOR_STATES:
             keys, _, _, _, of, ordinals, _, vectors, _ = columns
-            refused = await database.rows(connection, REFUSED, library, keys, of, ordinals, vectors)
+            refused = await database.rows(connection, REFUSED, config.id, keys, of, ordinals, vectors)
         for n, state, message, hint in refused:
             items[n - 1].refuse(problem_of_state(state, message, hint))
         rest = [item for item in items if item.prepared]
         middle = len(rest) if refused else len(rest) // 2
-        await _write(connection, library, rest[:middle])
-        await _write(connection, library, rest[middle:])
+        await _write(connection, config, rest[:middle])
+        await _write(connection, config, rest[middle:])
     else:
         for n, document_id, created, pending in rows:
             item = items[n - 1]

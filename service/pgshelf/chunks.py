@@ -11,10 +11,11 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta
 from pgvector import Vector
+from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
-from pgshelf.embedding import embed, library_config
+from pgshelf.embedding import asked_again, embed_for_writing, library_config
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -148,23 +149,32 @@ async def update_chunk(
     chunk_id = _id(chunk)
     vector = None if data.embedding is None else limits.vector(data.embedding, "embedding")
     metadata = None if data.metadata is None else limits.metadata(data.metadata, settings)
-    config = await library_config(engine, library)
     if data.text is not None:
         limits.required_text(data.text, settings.max_chunk_length, "text")
-        if vector is None and wait and config.embedder["provider"] != "none":
-            vector = (await embed(engine, settings, config.embedder, [data.text], "document", ["text"]))[0]
 
-    async def change(connection: AsyncConnection) -> Answer[Chunk]:
-        rows = await database.rows(
-            connection,
-            f"select {COLUMNS} from pgshelf.patch_chunk(%s, %s, %s, %b, %s) c",  # noqa: S608 - put together from constants
-            False, config.id, chunk_id, data.text, vector, metadata,
-        )  # fmt: skip
-        changed = _chunk(rows[0])
-        limits.metadata(changed.metadata, settings)
-        return Answer(changed, status_code=202 if changed.status == "pending" else 200)
+    async def embed_and_change() -> Answer[Chunk]:
+        config = await library_config(engine, library)
+        wanted, maker = vector, None
+        if data.text is not None and wait:
+            if vector is None and config.embedder["provider"] != "none":
+                [wanted] = await embed_for_writing(engine, settings, config, [data.text], ["text"])
+                maker = Jsonb(config.embedder)
+            else:
+                await embed_for_writing(engine, settings, config, [], [], [data.text])
 
-    return await once.run(change)
+        async def change(connection: AsyncConnection) -> Answer[Chunk]:
+            rows = await database.rows(
+                connection,
+                f"select {COLUMNS} from pgshelf.patch_chunk(pgshelf.embedded_with(%s, %s), %s, %s, %b, %s) c",  # noqa: S608 - put together from constants
+                False, config.id, maker, chunk_id, data.text, wanted, metadata,
+            )  # fmt: skip
+            changed = _chunk(rows[0])
+            limits.metadata(changed.metadata, settings)
+            return Answer(changed, status_code=202 if changed.status == "pending" else 200)
+
+        return await once.run(change)
+
+    return await asked_again(embed_and_change)
 
 
 @delete(

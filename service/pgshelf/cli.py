@@ -42,7 +42,13 @@ def main(context: click.Context) -> None:
     context.obj = _settings
 
 
-for command in (cli_search.search, cli_search.index, cli_transfer.import_command, cli_transfer.export_command):
+for command in (
+    cli_search.search,
+    cli_search.index,
+    cli_search.embedder,
+    cli_transfer.import_command,
+    cli_transfer.export_command,
+):
     main.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that ask a running service: search, index."""
+"""The commands that ask a running service: search, index, embedder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pgshelf.console import URL, connected, json_object, listed, printable
 from pgshelf.settings import Settings
 
 if TYPE_CHECKING:
-    from pgshelf_client import Client, Explanation, FacetValue, Hit, Index, SearchResult
+    from pgshelf_client import Client, Embedder, EmbedderState, Explanation, FacetValue, Hit, Index, SearchResult
 
 
 @click.command()
@@ -178,3 +178,54 @@ def _state(index: Index) -> str:
         return f"building, {index.progress:.0%} done{about}"
     more = {"failed": f": {index.error}; it is tried again", "waiting": " for enough vectors, searched exactly so far"}
     return index.state + more.get(index.state, "")
+
+
+@click.command()
+@click.argument("library")
+@click.option("--provider", help="Ask for it: local, cohere.")
+@click.option("--model", help="A model of the provider.")
+@click.option("--dimension", type=int, help="Numbers per vector.")
+@click.option("--cancel", is_flag=True, help="Call a change off.")
+@click.option("--wait", is_flag=True, help="Wait until it is changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@URL
+@click.pass_obj
+def embedder(
+    settings: Callable[[], Settings],
+    library: str,
+    provider: str | None,
+    model: str | None,
+    dimension: int | None,
+    cancel: bool,
+    wait: bool,
+    as_json: bool,
+    url: str | None,
+) -> None:
+    """Show the embedder of LIBRARY of a running service, change it, or call a change off."""
+    if (model or dimension) and not provider:
+        raise click.UsageError("--model and --dimension need --provider.")
+    if cancel and provider:
+        raise click.UsageError("Either --cancel or --provider.")
+    with connected(settings(), url) as client:
+        if provider:
+            found = client.set_embedder(library, provider, model=model, dimension=dimension)
+        else:
+            found = client.cancel_embedder(library) if cancel else client.get_embedder(library)
+        if wait:
+            found = client.wait_for_embedder(library, timeout=math.inf)
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+        return
+    wanted = found.wanted or found.embedder
+    click.echo(f"wanted  {_maker(wanted)}\nin use  {_maker(found.embedder)}\nstate   {_changing(found)}")
+    if wait and found.state == "failed":
+        sys.exit(1)
+
+
+def _maker(embedder: Embedder) -> str:
+    return ", ".join([embedder.provider, *filter(None, [embedder.model]), f"dimension {embedder.dimension}"])
+
+
+def _changing(found: EmbedderState) -> str:
+    about = f"{found.state}, {found.progress:.0%} done, {found.embedded} of {found.total} chunks embedded"
+    return {"ready": "ready", "failed": f"failed: {found.error}; it is tried again"}.get(found.state, about)

@@ -19,6 +19,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, filters, limits
+from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -39,7 +40,7 @@ from pgshelf.http import (
     wanted_version,
 )
 from pgshelf.idempotency import Once, Write
-from pgshelf.ingest import WRITE, DocumentInput, Title, embed_pending, prepare
+from pgshelf.ingest import WRITE, DocumentInput, Prepared, Title, embed_pending, prepare
 from pgshelf.settings import Settings
 
 FILTER = Meta(
@@ -414,18 +415,22 @@ async def _write(
 ) -> Answer[Document]:
     if (kept := await once.replayed()) is not None:  # lest its texts be embedded again
         return kept
-    prepared = await prepare(engine, settings, library, document_id, data, wait)
     made = 200
     path = f"{settings.api_prefix}/libraries/{quote(library, safe='')}"
 
-    async def write(connection: AsyncConnection) -> Answer[Document]:
-        nonlocal made
-        written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
-        made = 201 if created else 200
-        found = await _read(connection, str(prepared.library.id), str(written))
-        return _answer(found, 202 if found.chunks.pending else made, path)
+    async def prepare_and_write() -> tuple[Prepared, Answer[Document]]:
+        prepared = await prepare(engine, settings, library, document_id, data, wait)
 
-    answer = await once.run(write)
+        async def write(connection: AsyncConnection) -> Answer[Document]:
+            nonlocal made
+            written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
+            made = 201 if created else 200
+            found = await _read(connection, str(prepared.library.id), str(written))
+            return _answer(found, 202 if found.chunks.pending else made, path)
+
+        return prepared, await once.run(write)
+
+    prepared, answer = await asked_again(prepare_and_write)
     found = answer.content
     if wait and isinstance(found, Document) and found.chunks.pending:
         # the write is done, so a failure here is no error of it: 202, and the worker goes on

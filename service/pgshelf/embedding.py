@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import msgspec
 import numpy as np
+import psycopg
 from pgvector import Vector
+from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import circuits, database, embedding_cache
@@ -34,8 +37,13 @@ from pgshelf.timing import stage
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+log = logging.getLogger("pgshelf.embedding")
 Vectors = dict[str, "NDArray[np.float32]"]
+T = TypeVar("T")
 
+EMBEDDER_CHANGED = "PS041"
+ASKED = 5  # times that vectors are made before a change of the embedder in between is an error
+NEXT_GRACE = 1.0  # seconds that a writer waits for the embedder that is to come, when he has his own vectors
 CALLS_AT_ONCE = 4  # of one request, or of one batch of the worker
 HARMLESS = "text"  # refused only by a provider that refuses everything
 
@@ -46,12 +54,28 @@ class LibraryConfig(msgspec.Struct, frozen=True):
     id: UUID
     embedder: dict[str, Any]
     chunking: dict[str, int]
+    change: int | None = None  # of the embedder, while there is one
+    next_embedder: dict[str, Any] | None = None
+
+
+CONFIG = """select l.id, l.embedder, l.chunking, c.serial, c.embedder from pgshelf.library_named(%s) l
+left join pgshelf.embedder_changes c on c.library_id = l.id and c.phase <> 'over'"""
 
 
 async def library_config(engine: AsyncEngine, library: str) -> LibraryConfig:
     """Look up a library by name or id; PS001 when there is none."""
-    rows = await database.run(engine, "select l.id, l.embedder, l.chunking from pgshelf.library_named(%s) l", library)
-    return LibraryConfig(*rows[0])
+    return LibraryConfig(*(await database.run(engine, CONFIG, library))[0])
+
+
+async def asked_again(work: Callable[[], Awaitable[T]]) -> T:
+    """Do `work`, which makes vectors and uses them, again when the embedder of the library changed in between."""
+    for attempt in range(ASKED):
+        try:
+            return await work()
+        except psycopg.Error as error:
+            if error.sqlstate != EMBEDDER_CHANGED or attempt == ASKED - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def embedder_of(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
@@ -172,17 +196,81 @@ async def _in_parts(ask: Callable[[list[str]], Awaitable[None]], texts: list[str
             parts += [(start + middle, part[middle:]), (start, part[:middle])]
 
 
+async def embed_for_writing(
+    engine: AsyncEngine,
+    settings: Settings,
+    config: LibraryConfig,
+    texts: Sequence[str],
+    paths: Sequence[str],
+    others: Sequence[str] = (),
+) -> list[Vector]:
+    """Embed texts that are about to be written.
+
+    While the embedder of the library changes, the vectors that they will have then are made beside, and those of
+    `others`, whose vectors the client brought: the change shall not have to wait for them.
+    """
+
+    async def now() -> list[Vector]:
+        return await embed(engine, settings, config.embedder, texts, "document", paths) if texts else []
+
+    if config.next_embedder is None:
+        return await now()
+    later = asyncio.create_task(_embed_next(engine, settings, config, list(dict.fromkeys([*texts, *others]))))
+    try:
+        made = await now()
+        await asyncio.wait([later], timeout=NEXT_GRACE)
+        return made
+    finally:
+        later.cancel()
+        await asyncio.wait([later])
+
+
+async def _embed_next(engine: AsyncEngine, settings: Settings, config: LibraryConfig, texts: Sequence[str]) -> None:
+    """Whatever goes wrong is left to the worker, which finds the texts without a vector."""
+    if not texts:
+        return
+    try:
+        embedder = embedder_of(settings, config.next_embedder or {})
+        await store_next(engine, config.change, texts, await vectors_of(engine, settings, embedder, texts, "document"))
+    except (EmbedderError, Problem, psycopg.Error) as error:
+        log.warning("embedding %d texts for the next embedder failed, left to the worker: %s", len(texts), error)
+
+
+async def store_next(engine: AsyncEngine, change: int | None, texts: Sequence[str], vectors: Any) -> bool:
+    """Keep vectors of an embedder that is to come; False when nobody wants it any more."""
+    hashes = [change_hash(text) for text in texts]
+    made = [Vector(vector) for vector in vectors]
+    statement = "select pgshelf.change_store(%s, %s, %b, null)"
+    return bool((await database.run(engine, statement, change, hashes, made))[0][0])
+
+
+def change_hash(text: str) -> bytes:
+    """What `sha256(convert_to(text, 'UTF8'))` is in SQL: vectors of an embedder to come are kept by it."""
+    return hashlib.sha256(text.encode()).digest()
+
+
 def text_hash(text: str) -> str:
     """What `md5(text)` is in SQL: tells whether a chunk still holds the text that was embedded."""
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
-async def store(engine: AsyncEngine, library: UUID, chunks: Sequence[UUID], texts: Sequence[str], vectors: Any) -> int:
-    """Give pending chunks their vectors; chunks that changed meanwhile are left out. Returns how many were stored."""
+async def store(
+    engine: AsyncEngine,
+    library: UUID,
+    choice: Mapping[str, Any],
+    chunks: Sequence[UUID],
+    texts: Sequence[str],
+    vectors: Any,
+) -> int:
+    """Give pending chunks vectors that the embedder `choice` made; PS041 when the library has another one by now.
+
+    Chunks that changed meanwhile are left out. Returns how many were stored.
+    """
     rows = await database.run(
         engine,
-        "select pgshelf.store_embeddings(%s, %s, %s, %b)",
+        "select pgshelf.store_embeddings(pgshelf.embedded_with(%s, %s), %s, %s, %b)",
         library,
+        Jsonb(choice),
         list(chunks),
         [text_hash(text) for text in texts],
         [vector if isinstance(vector, Vector) else Vector(vector) for vector in vectors],

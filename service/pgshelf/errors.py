@@ -80,6 +80,7 @@ SQLSTATES: dict[str, str] = {
     "PS024": "changes_expired",
     "PS030": "validation_failed",
     "PS040": "lock_timeout",
+    "PS041": "lock_timeout",
     "PS900": "not_migrated",
     "22021": "invalid_text",
     "22P05": "invalid_text",

@@ -67,7 +67,7 @@ async def add_event(
     key = data.id if event_id is None else event_id.urn
     document = DocumentInput(key=key, text=data.text, metadata=data.metadata)
     prepared = await prepare(engine, settings, library, None, document, wait=False)
-    about, texts = prepared.parameters[5:7]
+    about, texts = prepared.parameters[6:8]
     sent = hashlib.sha256(json.dumps([data.text, data.metadata], sort_keys=True).encode()).digest()
 
     async def add(connection: AsyncConnection) -> Answer[EventTaken]:

@@ -21,7 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import bulk, database
-from pgshelf.embedding import LibraryConfig, library_config
+from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import NDJSON, Config, Duplex, Engine, LibraryName, problems
 from pgshelf.ingest import DocumentInput, checked
@@ -290,16 +290,26 @@ class Import:
 
     async def _write(self, part: Part) -> None:
         started = asyncio.get_running_loop().time()
-        if self.wait:
-            # a provider that fails leaves the texts to the worker
-            await bulk.embed_new(self.engine, self.settings, self.library, part.items)
+        again = False
+
+        async def embed_and_write() -> None:
+            nonlocal again
+            if again:  # the library has another embedder than it had
+                self.library = await library_config(self.engine, str(self.library.id))
+                bulk.forget_made(part.items)
+            again = True
+            if self.wait:
+                # a provider that fails leaves the texts to the worker
+                await bulk.embed_new(self.engine, self.settings, self.library, part.items)
+            await database.retried(self.engine, write)
+
         going_on = "select pgshelf.continue_import(%s, %s, %s, %s, %s)"
 
         async def write(connection: AsyncConnection) -> None:
             await database.rows(connection, going_on, self.id, self.runner, LEASE, part.last, part.checksum)
-            await bulk.write(connection, self.library.id, part.items)
+            await bulk.write(connection, self.library, part.items)
 
-        await database.retried(self.engine, write)
+        await asked_again(embed_and_write)
         self.committed = part.last
         took = asyncio.get_running_loop().time() - started
         if took > LONG:

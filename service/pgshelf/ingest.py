@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, limits
 from pgshelf.chunking import split
-from pgshelf.embedding import LibraryConfig, embed, library_config, store
+from pgshelf.embedding import LibraryConfig, asked_again, embed, embed_for_writing, library_config, store
 from pgshelf.errors import invalid
 from pgshelf.http import as_id
 from pgshelf.settings import Settings
@@ -67,18 +67,21 @@ class Prepared(msgspec.Struct):
     chunk_metadata: list[Jsonb]
     paths: list[str]
     document_id: UUID | None = None
+    made: set[int] = msgspec.field(default_factory=set)  # places of vectors that the library's embedder made
 
     @property
     def parameters(self) -> tuple[Any, ...]:
-        """Those of `write_document`, but for the version."""
+        """Those of `WRITE`, but for the version."""
         given = self.vectors if any(vector is not None for vector in self.vectors) else None
-        about = (self.library.id, self.document_id, self.key, self.title, self.source, self.metadata)
+        maker = Jsonb(self.library.embedder) if self.made else None
+        about = (self.library.id, maker, self.document_id, self.key, self.title, self.source, self.metadata)
         return (*about, self.texts, given, self.chunk_metadata)
 
 
 INLINE_TEXT = 20_000  # characters
 # vectors go in binary (%b): as text they take a hundred times as long
-WRITE = "select * from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %b, %s, %s)"
+WRITE = """select * from pgshelf.write_document(pgshelf.embedded_with(%s, %s), %s, %s, %s, %s, %s, %s, %b, %s,
+  %s)"""
 
 
 async def prepare(
@@ -87,7 +90,7 @@ async def prepare(
     """Check a document, split its text and, with `wait`, embed what the library does not hold yet."""
     _check(data, document_id, settings)
     prepared = await _prepared(await library_config(engine, library), settings, data, document_id)
-    if wait and prepared.library.embedder["provider"] != "none":
+    if wait and (prepared.library.embedder["provider"] != "none" or prepared.library.next_embedder):
         await _embed_new(engine, settings, prepared)
     return prepared
 
@@ -159,18 +162,26 @@ async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared
         rows = await database.run(engine, statement, config.id, prepared.document_id, prepared.key)
         known = {text for (text,) in rows}
     missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
-    if missing:
-        paths = [prepared.paths[index] for index in missing]
-        made = await embed(engine, settings, config.embedder, [texts[i] for i in missing], "document", paths)
-        for index, vector in zip(missing, made, strict=True):
-            vectors[index] = vector
+    if config.embedder["provider"] == "none":  # what is missing is refused when it is written
+        missing = []
+    brought = [text for text, vector in zip(texts, vectors, strict=True) if vector is not None]
+    paths = [prepared.paths[index] for index in missing]
+    made = await embed_for_writing(engine, settings, config, [texts[index] for index in missing], paths, brought)
+    for index, vector in zip(missing, made, strict=True):
+        vectors[index] = vector
+    prepared.made.update(missing)
 
 
 async def embed_pending(engine: AsyncEngine, settings: Settings, config: LibraryConfig, document_id: UUID) -> int:
     """Embed chunks that lost their vectors to another writer since `prepare` looked; returns how many were stored."""
-    rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
-    if not rows:
-        return 0
-    ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-    made = await embed(engine, settings, config.embedder, texts, "document", ["text"] * len(texts))
-    return await store(engine, config.id, ids, texts, made)
+
+    async def work() -> int:
+        rows = await database.run(engine, "select * from pgshelf.pending_chunks(%s, %s)", config.id, document_id)
+        if not rows:
+            return 0
+        choice = (await library_config(engine, str(config.id))).embedder
+        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
+        made = await embed(engine, settings, choice, texts, "document", ["text"] * len(texts))
+        return await store(engine, config.id, choice, ids, texts, made)
+
+    return await asked_again(work)

@@ -16,8 +16,7 @@ from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
-from pgshelf.embedders import PROVIDERS
-from pgshelf.embedding import described_embedder
+from pgshelf.embedder_choice import Dimension, EmbedderChoice, EmbedderUsed, chosen
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
     After,
@@ -43,56 +42,8 @@ Name = Annotated[
 ]
 Description = Annotated[str, Meta(max_length=2000)]
 Metric = Literal["cosine", "l2", "inner_product", "l1"]
-Dimension = Annotated[int, Meta(ge=1, le=16000)]
-Prefix = Annotated[str, Meta(max_length=1000)]
-Provider = Annotated[str, Meta(extra_json_schema={"enum": list(PROVIDERS)})]
 # the types and names that SQL allows; checked there
 Attributes = dict[str, Literal["number", "text", "datetime"]]
-
-
-class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
-    """Who shall make the vectors; with `none` the client brings them."""
-
-    provider: Annotated[
-        Annotated[str, Meta(max_length=64, examples=["local"])],
-        Meta(
-            description="`local` and `sentence_transformers` compute in the server; `cohere` and `openai`, any "
-            "endpoint of its kind, are asked over the network; `none` leaves it to the client. What the server is not "
-            "set up for is answered with 422."
-        ),
-    ]
-    model: Annotated[
-        Annotated[str, Meta(max_length=200)] | None,
-        Meta(description="A model of the provider; its own choice if absent. With `none`, a note for the reader."),
-    ] = None
-    dimension: Annotated[
-        Dimension | None,
-        Meta(
-            description="Numbers per vector; the model's own if absent, with `cohere` 1024 where there is a choice. "
-            "With `none` it is required, here or outside."
-        ),
-    ] = None
-    query_prefix: Annotated[
-        Prefix | UnsetType,
-        Meta(description="Of `openai`: goes before each query, for models trained with it, such as `query: ` for E5."),
-    ] = UNSET
-    document_prefix: Annotated[
-        Prefix | UnsetType, Meta(description="Of `openai`: goes before each text of a document, such as `passage: `.")
-    ] = UNSET
-    embedding_type: Annotated[
-        Literal["float", "binary"] | UnsetType,
-        Meta(
-            description="Of `cohere`: `binary` fetches the vectors of documents as bits, a 32nd of the traffic, and "
-            "stores plus and minus one; made for an index of storage `bit`. `float` if absent."
-        ),
-    ] = UNSET
-    truncate: Annotated[
-        Literal["end", "start", "none"] | UnsetType,
-        Meta(
-            description="Of `cohere`: what is left out of a text that is too long for the model; with `none` such a "
-            "text is refused. `end` if absent."
-        ),
-    ] = UNSET
 
 
 class ChunkingChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -163,19 +114,6 @@ class PatchLibrary(msgspec.Struct, forbid_unknown_fields=True):
     ] = UNSET
 
 
-class EmbedderUsed(msgspec.Struct):
-    """Who makes the vectors of a library."""
-
-    provider: Annotated[Provider, Meta(description="`none`: the client brings the vectors.")]
-    dimension: Annotated[int, Meta(description="Numbers per vector.")]
-    model: Annotated[str | None, Meta(description="The model; with `none` what the client noted, or null.")] = None
-    embedding_type: Annotated[str | UnsetType, Meta(description="Absent if `float`.")] = UNSET
-    truncate: Annotated[str | UnsetType, Meta(description="Absent if `end`.")] = UNSET
-    query_prefix: Annotated[str | UnsetType, Meta(description="Absent if there is none.")] = UNSET
-    document_prefix: Annotated[str | UnsetType, Meta(description="Absent if there is none.")] = UNSET
-    shortened: Annotated[bool | UnsetType, Meta(description="Whether the model was asked for fewer numbers.")] = UNSET
-
-
 class Chunking(msgspec.Struct):
     """How `text` is split, in characters."""
 
@@ -189,9 +127,9 @@ class Library(msgspec.Struct):
     id: Annotated[UUID, Meta(description="Stays when the name changes; addresses take either.")]
     name: Annotated[str, Meta(description="What the library is called; unique.")]
     description: Annotated[str | None, Meta(description="A note for people.")]
-    dimension: Annotated[int, Meta(description="Numbers per vector; fixed.")]
+    dimension: Annotated[int, Meta(description="Numbers per vector; changes with the embedder only.")]
     metric: Annotated[Metric, Meta(description="How the distance of two vectors is measured; fixed.")]
-    embedder: Annotated[EmbedderUsed, Meta(description="Who makes the vectors; fixed.")]
+    embedder: Annotated[EmbedderUsed, Meta(description="Who makes the vectors; `/embedder` changes it.")]
     chunking: Annotated[Chunking, Meta(description="How documents sent as `text` are split.")]
     language: Annotated[str, Meta(description="A text search configuration of PostgreSQL; fixed.")]
     metadata: Annotated[dict[str, Any], Meta(description="Anything of yours.")]
@@ -239,8 +177,11 @@ LIBRARY_PROBLEMS = problems(404)
     operation_id="createLibrary",
 )
 async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: Config) -> Answer[Library]:
-    """Create a library; its embedder, dimension and metric are fixed from then on."""
-    embedder = await _embedder(data, settings)
+    """Create a library; its metric and language are fixed from then on."""
+    choice = data.embedder or EmbedderChoice(
+        settings.default_embedder, settings.embedder_model, settings.embedder_dimension
+    )
+    embedder = await chosen(settings, choice, data.dimension)
     dimension = embedder["dimension"]
     size, overlap = _chunking(data.chunking, settings.chunk_size, settings.chunk_overlap)
     values = {
@@ -379,24 +320,6 @@ async def library_stats(library: LibraryName, engine: Engine) -> Stats:
     )
     documents, chunks, pending, failed, size, shelf, *index = rows[0]
     return Stats(documents, chunks, pending, failed, size, shelf, IndexState(*index))
-
-
-async def _embedder(data: CreateLibrary, settings: Settings) -> dict[str, Any]:
-    choice = data.embedder or EmbedderChoice(
-        settings.default_embedder, settings.embedder_model, settings.embedder_dimension
-    )
-    if choice.dimension and data.dimension and choice.dimension != data.dimension:
-        raise invalid("dimension", f"is {data.dimension}, but embedder.dimension is {choice.dimension}")
-    dimension = choice.dimension or data.dimension
-    if choice.provider not in PROVIDERS:
-        raise Problem(
-            "embedder_not_configured", f"There is no embedder {choice.provider!r}; choose {' or '.join(PROVIDERS)}."
-        )
-    if choice.provider == "none":
-        if dimension is None:
-            raise invalid("dimension", "is required where the client brings the vectors (embedder none)")
-        return {"provider": "none", "model": choice.model, "dimension": dimension}
-    return await described_embedder(settings, {**msgspec.to_builtins(choice), "dimension": dimension})
 
 
 def _chunking(choice: ChunkingChoice | None, size: int, overlap: int) -> tuple[int, int]:

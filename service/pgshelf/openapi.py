@@ -21,6 +21,8 @@ from pgshelf.documents import (
     PatchDocument,
     UpdateDocuments,
 )
+from pgshelf.embedder_changes import EmbedderState
+from pgshelf.embedder_choice import EmbedderChoice
 from pgshelf.errors import CODES, RETRY_AFTER
 from pgshelf.events import EventInput, EventTaken
 from pgshelf.facets import FacetsAnswer, FacetsRequest
@@ -88,6 +90,7 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
         "attributes": {"year": "number", "lang": "text"},
     },
     IndexChoice: {"type": "hnsw", "storage": "halfvec", "m": 16, "ef_construction": 64},
+    EmbedderChoice: {"provider": "local", "dimension": 128},
     DocumentInput: {
         "title": "Vacuum",
         "text": "VACUUM reclaims storage occupied by dead tuples.",
@@ -153,6 +156,15 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "bytes": 1534,
         "shelf": 1,
         "index": {"type": "flat", "state": "ready", "progress": 1.0},
+    },
+    EmbedderState: {
+        "embedder": {"provider": "local", "dimension": 256, "model": "wordllama-l2-supercat"},
+        "wanted": {"provider": "local", "dimension": 128, "model": "wordllama-l2-supercat"},
+        "state": "embedding",
+        "progress": 0.45,
+        "embedded": 4500,
+        "total": 9000,
+        "error": None,
     },
     Index: {
         "wanted": {"type": "hnsw"},

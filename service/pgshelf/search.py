@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
+from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Config, Engine, LibraryName, problems
 from pgshelf.searching import (
@@ -141,7 +142,7 @@ async def search_libraries(data: JSONBody[LibrariesRequest], engine: Engine, set
     if data.query is None and data.vector is None:
         raise invalid("query", "give query or vector")
     wide = widened(data, settings)
-    hits = await _several(engine, settings, wide)
+    hits = await asked_again(lambda: _several(engine, settings, wide))
     if data.rerank is not None:
         hits = await reranked(settings, data, hits)
     return LibrariesAnswer(hits, milliseconds(started))

@@ -15,7 +15,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, filters, limits
-from pgshelf.embedding import embed, library_config
+from pgshelf.embedding import asked_again, embed, library_config
 from pgshelf.errors import invalid
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.settings import Settings
@@ -224,17 +224,19 @@ class Question(msgspec.Struct):
     vector: Vector | None
     query: str | None
     filter: Jsonb | None
+    embedder: Jsonb | None = None  # that made the vector: PS041 when the library has another one by then
 
 
 # The functions of sql/ that search, by mode.
 CALLS: dict[str, str] = {
-    "vector": """pgshelf.search(%s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s,
-      include => %s, filter => %s, exact => %s, ef_search => %s,
+    "vector": """pgshelf.search(pgshelf.embedded_by(%s, %s), %b, k => %s, "offset" => %s, max_distance => %s,
+      min_score => %s, include => %s, filter => %s, exact => %s, ef_search => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
     "text": """pgshelf.search_text(%s, %s, k => %s, "offset" => %s, min_score => %s, include => %s, filter => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
-    "hybrid": """pgshelf.search_hybrid(%s, %s, %b, k => %s, "offset" => %s, max_distance => %s, min_score => %s,
-      include => %s, filter => %s, exact => %s, ef_search => %s, fusion => %s, fusion_k => %s, weights => %s,
+    "hybrid": """pgshelf.search_hybrid(pgshelf.embedded_by(%s, %s), %s, %b, k => %s, "offset" => %s,
+      max_distance => %s, min_score => %s, include => %s, filter => %s, exact => %s, ef_search => %s,
+      fusion => %s, fusion_k => %s, weights => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
 }
 # facets and total stand in one statement with the search, hence in one snapshot
@@ -244,8 +246,8 @@ BESIDE = """with h as materialized (select x.*, row_number() over () as place fr
         'documents', f.documents)) from pgshelf.facets(%s, array[a.name], %s, 10) f), '[]'))
       from unnest(%s::text[]) a(name)) as facets)
   select h.*, e.total, e.facets from e left join h on true order by h.place"""
-EXPLAIN = """select pgshelf.explain_search(%s, %b, %s, k => %s, "offset" => %s, filter => %s, exact => %s,
-  ef_search => %s)"""
+EXPLAIN = """select pgshelf.explain_search(pgshelf.embedded_by(%s, %s), %b, %s, k => %s, "offset" => %s, filter => %s,
+  exact => %s, ef_search => %s)"""
 
 
 def check(data: Ranking, settings: Settings) -> None:
@@ -287,8 +289,12 @@ async def search(engine: AsyncEngine, settings: Settings, library: str, data: Se
     started = time.perf_counter()
     check_one(data, settings)
     wide = widened(data, settings)
-    question = await ask(engine, settings, library, wide)
-    answer = await database.retried(engine, lambda connection: _answer(connection, library, wide, question))
+
+    async def asked() -> SearchAnswer:
+        question = await ask(engine, settings, library, wide)
+        return await database.retried(engine, lambda connection: _answer(connection, library, wide, question))
+
+    answer = await asked_again(asked)
     if data.rerank is not None:
         answer.hits = await reranked(settings, data, answer.hits)
     answer.took_ms = milliseconds(started)
@@ -325,8 +331,9 @@ async def ask(engine: AsyncEngine, settings: Settings, library: str, data: Searc
     """Decide the mode, and find or make the vector."""
     condition = data.filter
     vector = limits.vector(data.vector, "vector") if data.vector is not None else None
+    maker: Jsonb | None = None
     if data.like is not None:
-        vector, condition = await _like(engine, library, data.like, condition)
+        vector, condition, maker = await _like(engine, library, data.like, condition)
     parameter = filters.parameter(condition)
     mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
     if mode == "text":
@@ -336,20 +343,22 @@ async def ask(engine: AsyncEngine, settings: Settings, library: str, data: Searc
         if data.mode is None and config.embedder["provider"] == "none":
             return Question("text", None, data.query, parameter)
         vector = (await embed(engine, settings, config.embedder, [data.query or ""], "query", ["query"]))[0]
-    return Question(mode, vector, data.query, parameter)
+        maker = Jsonb(config.embedder)
+    return Question(mode, vector, data.query, parameter, maker)
 
 
 async def _like(
     engine: AsyncEngine, library: str, like: Like, condition: dict[str, Any] | None
-) -> tuple[Vector, dict[str, Any]]:
-    """The vector of a chunk or a document, and the filter that keeps it from being its own best hit."""
-    rows = await database.run(engine, "select * from pgshelf.vector_of(%s, %s, %s)", library, like.chunk, like.document)
-    vector, document, ordinal = rows[0]
+) -> tuple[Vector, dict[str, Any], Jsonb]:
+    """The vector of a chunk or a document, the filter that keeps it from being its own best hit, and who made it."""
+    statement = "select v.*, l.embedder from pgshelf.library_named(%s) l, pgshelf.vector_of(l.id::text, %s, %s) v"
+    rows = await database.run(engine, statement, library, like.chunk, like.document)
+    vector, document, ordinal, embedder = rows[0]
     itself: dict[str, Any] = {"$id": str(document)}
     if ordinal is not None:
         itself["chunk.$ordinal"] = ordinal
     others = {"$not": itself}
-    return vector, {"$and": [condition, others]} if condition else others
+    return vector, {"$and": [condition, others]} if condition else others, Jsonb(embedder)
 
 
 def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any]]:
@@ -364,9 +373,10 @@ def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any
         return CALLS["text"], [library, question.query, *window, *rest, *grouping]
     bounds = [data.max_distance, data.min_score, include, question.filter, data.exact, data.ef_search]
     if question.mode == "vector":
-        return CALLS["vector"], [library, question.vector, *window, *bounds, *grouping]
+        return CALLS["vector"], [library, question.embedder, question.vector, *window, *bounds, *grouping]
     fused = [fusion.method, fusion.k, [float(weight) for weight in fusion.weights]]
-    return CALLS["hybrid"], [library, question.query, question.vector, *window, *bounds, *fused, *grouping]
+    given = [library, question.embedder, question.query, question.vector, *window]
+    return CALLS["hybrid"], [*given, *bounds, *fused, *grouping]
 
 
 async def _answer(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> SearchAnswer:
@@ -393,7 +403,7 @@ async def _answer(connection: AsyncConnection, library: str, data: SearchRequest
 async def _explain(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> Explanation:
     words = None if question.mode == "vector" else question.query
     window = [data.k, data.offset, question.filter, data.exact, data.ef_search]
-    rows = await database.rows(connection, EXPLAIN, library, question.vector, words, *window)
+    rows = await database.rows(connection, EXPLAIN, library, question.embedder, question.vector, words, *window)
     return msgspec.convert(rows[0][0], Explanation)
 
 

@@ -116,6 +116,12 @@ libraries = Table(
         JSONB,
         comment="How far the worker has come with attributes that were declared; null when it is done.",
     ),
+    Column(
+        "moving_change",
+        Integer,
+        comment="The change of the embedder whose vectors the rows on the new shelf hold; null where they move as they "
+        "are.",
+    ),
     PrimaryKeyConstraint("id", name="libraries_pkey"),
     Index("libraries_name_key", "name", unique=True, postgresql_where=text("deleted_at is null")),
     Index("libraries_order_idx", "created_at", "id"),
@@ -390,4 +396,44 @@ change_log = Table(
     ),
     Index("change_log_unstamped_idx", "library_id", "id", postgresql_where=text("position is null")),
     comment="The change feed: what was committed, in its order; pgshelf.changes() reads it.",
+)
+
+embedder_changes = Table(
+    "embedder_changes",
+    metadata,
+    Column(
+        "serial",
+        Integer,
+        nullable=False,
+        autoincrement=False,
+        server_default=text("nextval('pgshelf.change_seq'::regclass)"),
+    ),
+    Column("library_id", UUID(as_uuid=True), nullable=False),
+    Column("embedder", JSONB, nullable=False),
+    Column("phase", Text, nullable=False, server_default="embedding"),
+    Column("walked", UUID(as_uuid=True), comment="The last document that was looked through in this pass."),
+    Column("passes", Integer, nullable=False, server_default="0"),
+    Column(
+        "found", BigInteger, nullable=False, server_default="0", comment="Texts that this pass found without a vector."
+    ),
+    Column("done", BigInteger, nullable=False, server_default="0", comment="Chunks that the first pass has seen to."),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("due", moment, nullable=False, server_default=now),
+    Column("error", Text),
+    Column("started_at", moment, nullable=False, server_default=now),
+    PrimaryKeyConstraint("serial", name="embedder_changes_pkey"),
+    Index("embedder_changes_library_key", "library_id", unique=True, postgresql_where=text("phase <> 'over'")),
+    comment="Libraries that are to have another embedder, and how far each is.",
+)
+Sequence("change_seq", metadata=metadata, data_type=Integer)
+
+next_embeddings = Table(
+    "next_embeddings",
+    metadata,
+    Column("change", Integer, nullable=False, autoincrement=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("embedding", VECTOR),
+    Column("error", Text, comment="Why there is none: the embedder refused the text."),
+    PrimaryKeyConstraint("change", "hash", name="next_embeddings_pkey"),
+    comment="Vectors of an embedder that a library does not use yet, by the SHA-256 of the text.",
 )

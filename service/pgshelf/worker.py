@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, providers, shelves
+from pgshelf import database, embedding_cache, providers, reembedding, shelves
 from pgshelf.batches import EXPECTED, MAX_PAUSE, Batches, around, tell
 from pgshelf.settings import Settings
 
@@ -117,7 +117,8 @@ async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
     batches = Batches(engine, settings)
     others = _others_forever(engine, settings)
-    work = [batches.forever(), others, _keep_house(engine, settings), shelves.forever(settings)]
+    work = [batches.forever(), others, _keep_house(engine, settings)]
+    work += [shelves.forever(settings), reembedding.forever(engine, settings)]
     tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield

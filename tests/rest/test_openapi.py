@@ -18,6 +18,7 @@ ORDER = [  # each needs what those before it made
     "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "addEvent",
     "listDocuments", "listChanges", "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk",
     "search", "searchBatch", "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex",
+    "getEmbedder", "putEmbedder", "cancelEmbedder",
     "queryDocuments", "facets", "updateDocuments", "retryEmbeddings", "deleteDocuments", "deleteChunk",
     "deleteDocument", "deleteLibrary",
 ]  # fmt: skip

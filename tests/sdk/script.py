@@ -100,6 +100,15 @@ INDEX: dict[str, Any] = {
     "moving": True,
     "estimate": {"rows": 20000, "bytes": 17300000, "memory_bytes": 25300000, "seconds": 6.2},
 }
+EMBEDDER: dict[str, Any] = {
+    "embedder": LIBRARY["embedder"],
+    "wanted": {"provider": "local", "model": "wordllama", "dimension": 64},
+    "state": "ready",
+    "progress": 0.45,
+    "embedded": 45,
+    "total": 90,
+    "error": None,
+}
 DOCUMENT: dict[str, Any] = {
     "id": "0198c0de-0000-7000-8000-000000000002",
     "key": "vacuum",

@@ -14,7 +14,7 @@ import pytest
 
 import pgshelf_client
 from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
-from tests.sdk.script import CHUNK, DOCUMENT, HIT, INDEX, LIBRARY, Script, ok
+from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, HIT, INDEX, LIBRARY, Script, ok
 
 FOUND = {
     "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "total": 7,
@@ -67,6 +67,13 @@ CALLS = [
         {"type": "hnsw", "storage": "bit", "m": 8, "ef_construction": 32, "lists": 7, "bits": 64, "seed": 0},
     ),
     ("wait_for_index", ("handbook",), {"timeout": 1}, INDEX, "GET /v1/libraries/handbook/index", None),
+    ("get_embedder", ("handbook",), {}, EMBEDDER, "GET /v1/libraries/handbook/embedder", None),
+    ("cancel_embedder", ("handbook",), {}, EMBEDDER, "DELETE /v1/libraries/handbook/embedder", None),
+    (
+        "set_embedder", ("handbook", "local"), {"model": "m", "dimension": 64}, EMBEDDER,
+        "PUT /v1/libraries/handbook/embedder", {"provider": "local", "model": "m", "dimension": 64},
+    ),
+    ("wait_for_embedder", ("handbook",), {"timeout": 1}, EMBEDDER, "GET /v1/libraries/handbook/embedder", None),
     ("library_stats", ("handbook",), {}, STATS, "GET /v1/libraries/handbook/stats", None),
     ("add_document", ("handbook",), {"text": "t"}, DOCUMENT, "POST /v1/libraries/handbook/documents", {"text": "t"}),
     (
@@ -428,6 +435,18 @@ async def test_waiting_for_an_index_asks_until_it_is_not_building(connect, waits
     assert (index.state, index.error, index.estimate.seconds) == ("failed", "No space left.", 6.2)
     assert script.asked == ["GET /v1/libraries/handbook/index"] * 4
     assert waits == sorted(waits) and 0 < waits[0] < waits[2] <= 2
+
+
+async def test_waiting_for_an_embedder_asks_until_it_has_changed_or_failed(connect, waits):
+    pages = [{**EMBEDDER, "state": state, "error": error} for state, error in
+             [("embedding", None), ("switching", None), ("failed", "No key.")]]  # fmt: skip
+    script = Script(*map(ok, pages))
+    found = await connect(script).wait_for_embedder("handbook")
+    assert (found.state, found.error, found.wanted.dimension, found.embedded) == ("failed", "No key.", 64, 45)
+    assert script.asked == ["GET /v1/libraries/handbook/embedder"] * 3
+    late = Script(ok(pages[0]))
+    with pytest.raises(TimeoutError, match=r"the embedder of handbook is still being changed after 0 seconds"):
+        await connect(late).wait_for_embedder("handbook", timeout=0)
 
 
 async def test_waiting_for_an_index_ends_at_its_timeout(connect, waits):

@@ -123,3 +123,20 @@ async def test_an_index(shelf: Caller) -> None:
     assert len((await shelf.search("handbook", "dead rows")).hits) == 3
     with pytest.raises(Unprocessable, match="index_impossible"):
         await shelf.set_index("handbook", "kdtree")
+
+
+async def test_another_embedder(shelf: Caller) -> None:
+    before = await shelf.get_embedder("handbook")
+    assert (before.embedder.dimension, before.wanted, before.state, before.progress) == (256, None, "ready", 1.0)
+    nearest = [hit.text for hit in (await shelf.search("handbook", "dead rows", mode="vector")).hits]
+    asked = await shelf.set_embedder("handbook", "local", dimension=64)
+    assert asked.wanted is not None and asked.wanted.dimension == 64 and asked.embedder == before.embedder
+    found = await shelf.wait_for_embedder("handbook", timeout=60)
+    assert (found.state, found.embedder, found.wanted) == ("ready", asked.wanted, None)
+    assert (await shelf.get_library("handbook")).dimension == 64
+    hits = (await shelf.search("handbook", "dead rows", mode="vector", include=["text", "embedding"])).hits
+    assert sorted(hit.text for hit in hits) == sorted(nearest)
+    assert {len(hit.embedding) for hit in hits} == {64}
+    assert await shelf.cancel_embedder("handbook") == found
+    with pytest.raises(Unprocessable, match="no_embedder"):
+        await shelf.set_embedder("handbook", "none", dimension=64)

@@ -23,7 +23,7 @@ from pgshelf_client import (
 )
 from pgshelf_client._base import KEY, Call
 from pgshelf_client._retry import Attempts
-from tests.sdk.script import CHUNK, DOCUMENT, INDEX, LIBRARY, Answer, Script, ok, problem
+from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, INDEX, LIBRARY, Answer, Script, ok, problem
 
 Case = tuple[str, tuple[Any, ...], dict[str, Any], httpx2.Response]
 
@@ -44,6 +44,8 @@ WRITES: list[Case] = [
     ("create_library", ("x",), {}, ok(LIBRARY)),
     ("update_library", ("x",), {"name": "y"}, ok(LIBRARY)),
     ("set_index", ("x", "hnsw"), {}, ok(INDEX)),
+    ("set_embedder", ("x", "local"), {}, ok(EMBEDDER)),
+    ("cancel_embedder", ("x",), {}, ok(EMBEDDER)),
     ("add_document", ("x",), {"text": "t"}, ok(DOCUMENT)),
     ("put_document", ("x", "k"), {"text": "t", "if_match": 1}, ok(DOCUMENT)),
     ("update_document", ("x", "k"), {"title": "t", "if_match": 1}, ok(DOCUMENT)),

@@ -17,6 +17,7 @@ import httpx2
 
 from tests.soak import ingestion, outage
 from tests.soak.crash import KINDS, Ingestion, service
+from tests.soak.embedders import DIMENSIONS, changing
 from tests.soak.feed import follow
 from tests.soak.moves import KINDS as MOVE_KINDS
 from tests.soak.moves import LARGE, moving
@@ -52,6 +53,19 @@ def move(kills: int, seed: int, version: int, minutes: float) -> None:
             moves.kill_once(rng.choice(MOVE_KINDS))
         moves.finish(patient=True)
         print(f"seed {seed}: the library is right and nothing is left over\n{moves.figures()}")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def change(kills: int, seed: int, version: int, minutes: float) -> None:
+    print(f"seed {seed}: embedders that change to and fro, first undisturbed, then with {kills} kills -9", flush=True)
+    rng, started = random.Random(seed), time.monotonic()
+    with changing(version, seed) as changes:
+        changes.change(DIMENSIONS[1])
+        for number in range(kills):
+            if time.monotonic() - started > minutes * 60:
+                raise SystemExit(f"seed {seed}: only {number} of {kills} kills within {minutes:g} minutes")
+            changes.change(DIMENSIONS[number % 2], rng.choice(KINDS))
+        print(f"seed {seed}: nothing lost, nothing mixed\n{changes.figures()}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
@@ -105,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="during ingestion")
     parser.add_argument("--moves", type=int, default=20, help="kills while a library moves and its index is built")
+    parser.add_argument("--changes", type=int, default=20, help="kills while embedders of libraries change")
     parser.add_argument("--feed", type=float, default=60, help="seconds that the change feed is written and followed")
     parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
     parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
@@ -117,6 +132,8 @@ def main() -> None:
         asyncio.run(ingest(options.kills, options.seed, options.version, options.minutes))
     if options.moves:
         move(options.moves, options.seed, options.version, options.minutes)
+    if options.changes:
+        change(options.changes, options.seed, options.version, options.minutes)
     if options.feed:
         feed(options.feed, options.seed, options.version)
     if options.repeats:
