@@ -6,7 +6,7 @@ create or replace function pgshelf.in_scope(p_scope text[], p_id uuid, p_name te
   immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_scope is null or p_id::text = any (p_scope) or p_name = any (p_scope)
+  return p_scope is null or coalesce(p_id::text = any (p_scope), false) or coalesce(p_name = any (p_scope), false)
     or exists (select from unnest(p_scope) e(entry) where e.entry like '%*%'
       and p_name like replace(replace(replace(replace(e.entry, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%'));
 end $$;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -115,6 +116,7 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 Caller = NamedDependency[SkipValidation[Principal]]
+HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@]+?)\.?)(?::[0-9]*)?")
 EVERYBODY = Principal("anybody", "anybody", "admin")  # while nobody need say who it is
 ASKED = """
 select k.id, k.name, coalesce(s.role, k.role), k.libraries, s.libraries, s.token,
@@ -327,8 +329,8 @@ def allowed_hosts(settings: Settings) -> list[str]:
 
 def is_allowed_host(header: str, hosts: list[str]) -> bool:
     """Whether a Host header names one of them, whatever its port; *.example.org stands for all below it."""
-    host = header.lower().rpartition("]")[0].lstrip("[") if header.startswith("[") else header.lower().partition(":")[0]
-    host = host.rstrip(".")
+    found = HOST.fullmatch(header.lower())
+    host = (found["v6"] or found["name"]) if found else ""
     return any(host == each or (each.startswith("*.") and host.endswith(each[1:])) for each in hosts)
 
 

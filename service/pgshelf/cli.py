@@ -98,12 +98,12 @@ def _migrate(url: str, settings: Settings) -> None:
 def serve(host: str | None, port: int | None, data_dir: Path | None, workers: int | None, reload: bool) -> None:
     """Serve the REST API."""
     settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers)
+    access = _check_access(settings.database_url, settings) if settings.database_url else None
     address = _check_address(settings)
     with _database(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
             _migrate(url, settings)
-        access = _check_access(url, settings)
-        click.echo(_banner(settings, server, access))
+        click.echo(_banner(settings, server, access or _check_access(url, settings)))
         if server is None:
             _say_what_fails(url, settings)
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
