@@ -36,8 +36,8 @@ class Issuer:
         return {"keys": [*strange, {**self.jwk("rsa"), "kid": "for encryption", "use": "enc"}, *own]}
 
     def jwk(self, name: str) -> dict[str, Any]:
-        kind = {"rsa": jwt.algorithms.RSAAlgorithm, "ec": jwt.algorithms.ECAlgorithm}.get(name)
-        made = (kind or jwt.algorithms.OKPAlgorithm).to_jwk(self.keys[name].public_key(), as_dict=True)
+        kinds: dict[str, Any] = {"rsa": jwt.algorithms.RSAAlgorithm, "ec": jwt.algorithms.ECAlgorithm}
+        made = kinds.get(name, jwt.algorithms.OKPAlgorithm).to_jwk(self.keys[name].public_key(), as_dict=True)
         return {**made, "kid": name}
 
     def pem(self, name: str) -> bytes:

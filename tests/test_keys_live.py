@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 import time
 from collections.abc import Callable
@@ -83,52 +84,71 @@ def test_commands_without_a_schema_say_what_to_do(empty_database_url: str) -> No
     assert result.exit_code == 1 and "pgshelf migrate" in result.output
 
 
-def test_a_revoked_key_ends_at_once_in_every_process(
-    run: Run, database_url: str, make_live_server: Any, subtests: pytest.Subtests
-) -> None:
-    """Whatever request is sent after the revocation was answered is refused, whichever process it meets."""
+class Asking:
+    """Asks services again and again, each time over a new connection, so that all processes have a turn."""
+
+    def __init__(self, servers: list[Any], secrets: list[str]) -> None:
+        self.answers: list[tuple[float, int]] = []  # when each was sent, and what came
+        self._done = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(server.port, secret)) for server in servers for secret in secrets
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, port: int, secret: str) -> None:
+        while not self._done.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            started = time.perf_counter()
+            connection.request("GET", "/v1/libraries", headers={"Authorization": f"Bearer {secret}"})
+            self.answers.append((started, connection.getresponse().status))
+            connection.close()
+
+    def sent(self, begin: float, end: float = float("inf")) -> list[int]:
+        return [status for started, status in list(self.answers) if begin <= started < end]
+
+    def wait_for(self, number: int, since: float) -> None:
+        deadline = time.monotonic() + 20
+        while len(self.sent(since)) < number and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_revoked_key_ends_at_once_in_every_process(run: Run, database_url: str, make_live_server: Any) -> None:
+    """Whatever is sent after the revocation was answered is refused, whichever process it meets."""
     servers = [make_live_server(database_url, "--workers", "2", wait=False, PGSHELF_AUTH="on") for _ in range(2)]
     for server in servers:
         server.wait_until_ready()
-    admin = made(run, "create", "root", "--role", "admin")
-    for way in ("over REST", "on the command line", "by a rotation"):
-        with subtests.test(way):
-            secret = made(run, "create", way, "--role", "reader")
-            token = httpx2.post(
-                f"{servers[0].url}/v1/token", json={}, headers={"Authorization": f"Bearer {secret}"}
-            ).json()["token"]
-            asked: list[tuple[float, int]] = []
-            done = threading.Event()
+    admin = {"Authorization": f"Bearer {made(run, 'create', 'root', '--role', 'admin')}"}
 
-            def ask(url: str, credential: str) -> None:
-                while not done.is_set():  # a connection for each: the processes take turns
-                    started = time.perf_counter()
-                    answer = httpx2.get(f"{url}/v1/libraries", headers={"Authorization": f"Bearer {credential}"})
-                    asked.append((started, answer.status_code))
+    def over_rest(name: str) -> None:
+        assert httpx2.delete(f"{servers[1].url}/v1/keys/{name}", headers=admin).status_code == 204
 
-            threads = [
-                threading.Thread(target=ask, args=(server.url, each)) for server in servers for each in (secret, token)
-            ]
-            for thread in threads:
-                thread.start()
-            time.sleep(0.5)
-            if way == "over REST":
-                answer = httpx2.delete(f"{servers[1].url}/v1/keys/{way}", headers={"Authorization": f"Bearer {admin}"})
-                assert answer.status_code == 204
-            elif way == "on the command line":
-                assert run("keys", "revoke", way).exit_code == 0
-            else:
-                made(run, "rotate", way, "--overlap", "0")
+    def on_the_command_line(name: str) -> None:
+        assert run("keys", "revoke", name).exit_code == 0
+
+    def by_a_rotation(name: str) -> None:
+        made(run, "rotate", name, "--overlap", "0")
+
+    for way in (over_rest, on_the_command_line, by_a_rotation):
+        secret = made(run, "create", way.__name__, "--role", "reader")
+        owner = {"Authorization": f"Bearer {secret}"}
+        token = httpx2.post(f"{servers[0].url}/v1/token", json={}, headers=owner).json()["token"]
+        asking = Asking(servers, [secret, token])
+        try:
+            asking.wait_for(40, since=0)
+            begun = time.perf_counter()
+            way(way.__name__)
             over = time.perf_counter()
-            time.sleep(0.5)
-            done.set()
-            for thread in threads:
-                thread.join()
-            before, after = (
-                {status for started, status in asked if (started > over) is late} for late in (False, True)
-            )
-            assert 200 in before and after == {401}, (before, after)
-            assert len([started for started, _ in asked if started > over]) > 10
+            asking.wait_for(40, since=over)
+        finally:
+            asking.stop()
+        assert len(asking.sent(0, begun)) >= 40 and asking.sent(0, begun)[:20] == [200] * 20
+        assert len(asking.sent(over)) >= 40 and set(asking.sent(over)) == {401}
     for server in servers:
         assert "pgs_" not in server.output and "pgt_" not in server.output
 

@@ -26,13 +26,16 @@ from .types import (
     FacetsResult,
     Health,
     Index,
+    Key,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
+    NewKey,
     Readiness,
     SearchResult,
+    Token,
     Vector,
 )
 
@@ -72,6 +75,10 @@ EVENT_TAKEN = msgspec.json.Decoder(EventTaken)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
 EXPORTED = msgspec.json.Decoder(ExportedDocument)
 HEALTH = msgspec.json.Decoder(Health)
+KEY = msgspec.json.Decoder(Key)
+KEYS = msgspec.json.Decoder(Page[Key])
+NEW_KEY = msgspec.json.Decoder(NewKey)
+TOKEN = msgspec.json.Decoder(Token)
 LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
 READINESS = msgspec.json.Decoder(Readiness)

@@ -110,7 +110,7 @@ class Issuer:
         return key
 
     async def _refresh(self, *, missing: bool) -> None:
-        if self._is_due(missing):
+        if self._is_due(missing) or (not self._keys and self._fetching.locked()):
             async with self._fetching:
                 if self._is_due(missing):  # nobody has been there meanwhile
                     await self._fetch()

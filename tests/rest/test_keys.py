@@ -34,7 +34,7 @@ async def role_of(client: httpx2.AsyncClient, secret: str) -> int:
 
 
 async def test_a_key_is_made_and_shown_once(admin: httpx2.AsyncClient, database_url: str) -> None:
-    body = {"name": "crawler", "role": "writer", "libraries": ["team-*", "handbook"]}
+    body: dict[str, Any] = {"name": "crawler", "role": "writer", "libraries": ["team-*", "handbook"]}
     response = await admin.post(KEYS, json={**body, "expires_at": "2100-01-01T00:00:00Z"})
     made = ok(response, 201)
     assert response.headers["cache-control"] == "no-store"
@@ -52,8 +52,11 @@ async def test_a_key_is_made_and_shown_once(admin: httpx2.AsyncClient, database_
     assert made["secret"][9:] not in everything and credentials.digest(made["secret"]).hex() in everything
 
 
+EVERYTHING: list[dict[str, Any]] = [{}, {"libraries": None}, {"libraries": ["a", "*"]}]
+
+
 async def test_a_key_for_all_libraries(admin: httpx2.AsyncClient) -> None:
-    for number, fields in enumerate([{}, {"libraries": None}, {"libraries": ["a", "*"]}]):
+    for number, fields in enumerate(EVERYTHING):
         made = ok(await admin.post(KEYS, json={"name": f"k{number}", "role": "reader", **fields}), 201)
         assert made["libraries"] == ["*"] and made["expires_at"] is None
 

@@ -14,7 +14,7 @@ import pytest
 
 import pgshelf_client
 from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
-from tests.sdk.script import CHUNK, DOCUMENT, HIT, INDEX, LIBRARY, Script, ok
+from tests.sdk.script import CHUNK, DOCUMENT, HIT, INDEX, KEY, LIBRARY, Script, ok
 
 FOUND = {
     "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "total": 7,
@@ -57,6 +57,31 @@ CALLS = [
     (
         "update_library", ("handbook",), {"attributes": None}, LIBRARY,
         "PATCH /v1/libraries/handbook", {"attributes": None},
+    ),
+    (
+        "create_key", ("crawler", "writer"), {}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys", {"name": "crawler", "role": "writer"},
+    ),
+    (
+        "create_key", ("crawler", "writer"),
+        {"libraries": ("team-*", "a"), "expires_at": datetime(2030, 1, 2, tzinfo=UTC)}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys",
+        {"name": "crawler", "role": "writer", "libraries": ["team-*", "a"], "expires_at": "2030-01-02T00:00:00Z"},
+    ),
+    ("get_key", ("crawler",), {}, KEY, "GET /v1/keys/crawler", None),
+    ("rotate_key", ("crawler",), {}, {**KEY, "secret": "pgs_x"}, "POST /v1/keys/crawler/rotate", {}),
+    (
+        "rotate_key", ("a/b",), {"overlap": 0, "expires_at": None}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys/a%2Fb/rotate", {"overlap": 0, "expires_at": None},
+    ),
+    (
+        "create_token", (), {}, {"token": "pgt_x", "role": "reader", "expires_at": "2030-01-02T00:00:00Z"},
+        "POST /v1/token", {},
+    ),
+    (
+        "create_token", (), {"role": "reader", "libraries": "a", "expires_in": 60},
+        {"token": "pgt_x", "role": "reader", "libraries": ["a"], "expires_at": "2030-01-02T00:00:00Z"},
+        "POST /v1/token", {"role": "reader", "libraries": ["a"], "expires_in": 60},
     ),
     ("get_index", ("handbook",), {}, INDEX, "GET /v1/libraries/handbook/index", None),
     ("set_index", ("handbook", "flat"), {}, INDEX, "PUT /v1/libraries/handbook/index", {"type": "flat"}),
@@ -178,6 +203,7 @@ LISTS = [
     ("libraries", (), "/v1/libraries", LIBRARY),
     ("documents", ("handbook",), "/v1/libraries/handbook/documents", DOCUMENT),
     ("chunks", ("handbook", "vacuum"), "/v1/libraries/handbook/documents/vacuum/chunks", CHUNK),
+    ("keys", (), "/v1/keys", KEY),
 ]
 
 
@@ -225,6 +251,13 @@ async def test_a_list_goes_on_until_there_is_no_next_page(connect, method, args,
         {"limit": "2", "after": "a b/="},
         {"limit": "2", "after": "2"},
     ]
+
+
+async def test_a_key_is_revoked_and_revoked_ones_are_listed(connect):
+    script = Script(ok(status=204), ok({"items": [KEY], "next": None}))
+    assert await connect(script).revoke_key("crawler") is None
+    assert [key.name for key in await connect(script).keys(revoked=True)] == ["crawler"]
+    assert script.asked == ["DELETE /v1/keys/crawler", "GET /v1/keys?revoked=true"]
 
 
 async def test_documents_that_match_come_page_by_page(connect):
