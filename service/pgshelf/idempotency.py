@@ -68,7 +68,8 @@ class Once:
                 return self._answer(found)
             answer = await work(connection)
             body = None if answer.content is None else msgspec.json.encode(answer.content, enc_hook=default_serializer)
-            await database.rows(connection, KEEP, answer.status_code, Jsonb(dict(answer.headers)), body, self.owner, self.key)
+            kept = (answer.status_code, Jsonb(dict(answer.headers)), body)
+            await database.rows(connection, KEEP, *kept, self.owner, self.key)
             return answer
 
         return await database.retried(self.engine, claimed)
@@ -87,9 +88,7 @@ class Once:
         return Answer(content, status_code=status, headers=headers | {REPLAYED: "true"})
 
 
-async def once(
-    engine: Engine, request: Request[Any, Any, Any], principal: Caller, idempotency_key: Key = None
-) -> Once:
+async def once(engine: Engine, request: Request[Any, Any, Any], principal: Caller, idempotency_key: Key = None) -> Once:
     """The dependency `once` of a handler that writes."""
     digest = hashlib.sha256()
     if idempotency_key is not None:
