@@ -200,15 +200,15 @@ class AsyncClient:
     def keys(self, *, revoked: bool | None = None, page_size: int | None = None) -> AsyncIterator[Key]:
         """All keys, fetched page by page; with `revoked` those that were revoked, too."""
         params = {"revoked": None if revoked is None else str(revoked).lower(), "limit": page_size}
-        return self._items(self._routes.call("GET", "keys", params=params), base.KEYS)
+        return self._items(self._routes.call("GET", "keys", params=params), base.API_KEYS)
 
     async def get_key(self, key: Name) -> Key:
         """One key, by name or id, without its secret."""
-        return await self._fetch(self._routes.call("GET", "keys", key), base.KEY)
+        return await self._fetch(self._routes.call("GET", "keys", key), base.API_KEY)
 
     async def revoke_key(self, key: Name) -> None:
         """End a key and all its tokens, at once."""
-        await self._answer(self._routes.call("DELETE", "keys", key, gone_code="key_not_found"))
+        await self._answer(self._routes.call("DELETE", "keys", key))
 
     async def rotate_key(
         self, key: Name, *, overlap: int | None = None, expires_at: datetime | UnsetType | None = UNSET

@@ -201,15 +201,15 @@ class Client:
     def keys(self, *, revoked: bool | None = None, page_size: int | None = None) -> Iterator[Key]:
         """All keys, fetched page by page; with `revoked` those that were revoked, too."""
         params = {"revoked": None if revoked is None else str(revoked).lower(), "limit": page_size}
-        return self._items(self._routes.call("GET", "keys", params=params), base.KEYS)
+        return self._items(self._routes.call("GET", "keys", params=params), base.API_KEYS)
 
     def get_key(self, key: Name) -> Key:
         """One key, by name or id, without its secret."""
-        return self._fetch(self._routes.call("GET", "keys", key), base.KEY)
+        return self._fetch(self._routes.call("GET", "keys", key), base.API_KEY)
 
     def revoke_key(self, key: Name) -> None:
         """End a key and all its tokens, at once."""
-        self._answer(self._routes.call("DELETE", "keys", key, gone_code="key_not_found"))
+        self._answer(self._routes.call("DELETE", "keys", key))
 
     def rotate_key(
         self, key: Name, *, overlap: int | None = None, expires_at: datetime | UnsetType | None = UNSET

@@ -11,11 +11,13 @@ from litestar import Router, delete, get, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import credentials, database
 from pgshelf.access import Caller, canonical
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import After, Answer, Config, Engine, Limit, Page, as_id, cursor, page_size, position, problems
+from pgshelf.idempotency import Write
 from pgshelf.tables import keys
 
 Role = Literal["reader", "writer", "admin"]
@@ -195,9 +197,14 @@ async def get_key(key: KeyName, engine: Engine) -> Key:
     summary="Revoke a key",
     operation_id="revokeKey",
 )
-async def revoke_key(key: KeyName, engine: Engine) -> None:
+async def revoke_key(key: KeyName, once: Write) -> Answer[None]:
     """End a key and all its tokens, at once in every process of every server."""
-    await database.run(engine, "select pgshelf.revoke_key(%s)", key)
+
+    async def revoke(connection: AsyncConnection) -> Answer[None]:
+        await database.rows(connection, "select pgshelf.revoke_key(%s)", key)
+        return Answer(None, status_code=204)
+
+    return await once.run(revoke, single=True)
 
 
 @post(

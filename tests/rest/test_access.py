@@ -126,13 +126,13 @@ async def test_every_route_is_in_the_matrix_and_has_a_rule(service: Service) -> 
 
 
 async def test_routes_that_the_document_leaves_out(service: Service) -> None:
-    """Everything that answers is in the document, but for the reference itself and the metrics, which name libraries."""
+    """All that answers is in the document, but for the reference itself and the metrics, which name libraries."""
     app: Any = service.client._transport.app  # type: ignore[attr-defined]  # the application under test
     routes = {route.path for route in app.routes}
     documented = {path for _, path, _ in service.operations.values()}
     parameters = re.compile(r"\{(\w+):str\}")
     left_out = {parameters.sub(r"{\1}", path) for path in routes} - documented
-    assert left_out == {"/metrics", "/schema", "/schema/openapi.json"}
+    assert left_out == {"/metrics", "/schema", "/schema/{path}", "/schema/openapi.json"}
     problem(await service.client.get("/metrics"), 401, "unauthorized")
     narrow, wide = key(service.url, "narrow scraper", "admin", "*a*"), key(service.url, "scraper", "reader")
     problem(await service.client.get("/metrics", headers=bearer(narrow)), 403, "forbidden")
@@ -292,6 +292,7 @@ async def test_who_calls_is_asked_before_anything_else(service: Service) -> None
 async def test_the_reference_needs_no_key(service: Service) -> None:
     for path in ("/schema", "/schema/openapi.json"):
         ok(await service.client.get(path))
+    problem(await service.client.get("/schema/nothing"), 404, "route_not_found")
 
 
 async def test_a_route_without_a_rule_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ DELETIONS = [
     ("delete_library", ("handbook",), "DELETE /v1/libraries/handbook"),
     ("delete_document", ("handbook", "vacuum"), "DELETE /v1/libraries/handbook/documents/vacuum"),
     ("delete_chunk", ("handbook", "c"), "DELETE /v1/libraries/handbook/chunks/c"),
+    ("revoke_key", ("crawler",), "DELETE /v1/keys/crawler"),
 ]
 LISTS = [
     ("libraries", (), "/v1/libraries", LIBRARY),
@@ -220,7 +221,7 @@ async def test_a_call_asks_as_documented_and_gives_all_of_the_answer(
     given = msgspec.json.decode(msgspec.json.encode(result))
     assert {name: value for name, value in given.items() if name in answer} == {
         **answer,
-        **{name: value.replace("+00:00", "Z") for name, value in answer.items() if name.endswith("_at")},
+        **{name: value.replace("+00:00", "Z") for name, value in answer.items() if value and name.endswith("_at")},
     }
 
 
@@ -253,11 +254,10 @@ async def test_a_list_goes_on_until_there_is_no_next_page(connect, method, args,
     ]
 
 
-async def test_a_key_is_revoked_and_revoked_ones_are_listed(connect):
-    script = Script(ok(status=204), ok({"items": [KEY], "next": None}))
-    assert await connect(script).revoke_key("crawler") is None
+async def test_revoked_keys_are_listed_when_they_are_asked_for(connect):
+    script = Script(ok({"items": [KEY], "next": None}))
     assert [key.name for key in await connect(script).keys(revoked=True)] == ["crawler"]
-    assert script.asked == ["DELETE /v1/keys/crawler", "GET /v1/keys?revoked=true"]
+    assert script.asked == ["GET /v1/keys?revoked=true"]
 
 
 async def test_documents_that_match_come_page_by_page(connect):
