@@ -166,7 +166,7 @@ async def make_client() -> AsyncIterator[MakeClient]:
             app = create_app(settings)
             await stack.enter_async_context(_lifespan(app))
             transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
-            client = httpx2.AsyncClient(transport=transport, base_url="http://testserver", **options)
+            client = httpx2.AsyncClient(transport=transport, base_url="http://localhost", **options)
             return await stack.enter_async_context(client)
 
         yield make

@@ -23,6 +23,16 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "allow_unauthenticated": ("true", True, "2"),
     "workers": ("3", 3, "0"),
     "api_prefix": ("/api/v2", "/api/v2", "v1/"),
+    "auth": ("on", "on", "yes"),
+    "api_key": ("pgs_a-secret", "pgs_a-secret", None),
+    "public_search": ("docs-*, faq", "docs-*, faq", None),
+    "allowed_hosts": ("search.example.org", "search.example.org", None),
+    "cors_origins": ("https://app.example.org", "https://app.example.org", "app.example.org"),
+    "token_lifetime": ("600", 600, "9"),
+    "jwt_role_claim": ("roles", "roles", None),
+    "jwt_roles": ("ops=admin,team=reader", "ops=admin,team=reader", "ops=root"),
+    "jwt_libraries_claim": ("libraries", "libraries", None),
+    "jwt_libraries": ("public-*", "public-*", None),
     "embedder": ("none", "none", "other"),
     "embedder_model": ("embed-v4.0", "embed-v4.0", "x" * 201),
     "embedder_dimension": ("256", 256, "0"),
@@ -76,10 +86,42 @@ VALUES |= {
     name: ("7", 7, "0")
     for name in ("max_title_length", "max_query_length", "max_text_length", "max_chunk_length", "max_chunks")
 }
+# The ones of JWT only work together.
+JWT = {"issuer": "https://id.example.org/", "audience": "pgshelf", "keys_file": "/etc/pgshelf/keys.json"}
+JWT_URL = "https://id.example.org/keys"
 
 
 def test_every_setting_is_tried_here() -> None:
-    assert set(VALUES) == set(Settings.__struct_fields__)
+    tried = set(VALUES) | {f"jwt_{name}" for name in [*JWT, "jwks_url"]}
+    assert tried == set(Settings.__struct_fields__)
+
+
+def test_the_settings_of_jwt_go_together() -> None:
+    environ = {f"PGSHELF_JWT_{name.upper()}": value for name, value in JWT.items()}
+    settings = Settings.from_env(environ)
+    assert settings.jwt and settings.jwt_keys_file == Path(JWT["keys_file"])
+    assert (settings.jwt_issuer, settings.jwt_audience) == (JWT["issuer"], JWT["audience"])
+    assert not Settings().jwt
+    for missing in environ:
+        with pytest.raises(SettingsError, match="JWT needs"):
+            Settings.from_env({name: value for name, value in environ.items() if name != missing})
+    with pytest.raises(SettingsError, match="JWT needs"):
+        Settings.from_env(environ | {"PGSHELF_JWT_JWKS_URL": JWT_URL})
+    del environ["PGSHELF_JWT_KEYS_FILE"]
+    for url in (JWT_URL, "http://127.0.0.1:9000/keys", "http://localhost/keys", "http://[::1]:9000/keys"):
+        assert Settings.from_env(environ | {"PGSHELF_JWT_JWKS_URL": url}).jwt_jwks_url == url
+    with pytest.raises(SettingsError, match="must be https"):
+        Settings.from_env(environ | {"PGSHELF_JWT_JWKS_URL": "http://id.example.org/keys"})
+    with pytest.raises(SettingsError, match="PGSHELF_JWT_JWKS_URL"):
+        Settings.from_env(environ | {"PGSHELF_JWT_JWKS_URL": "file:///etc/passwd"})
+
+
+def test_keys_are_not_shown() -> None:
+    settings = Settings(
+        api_key="pgs_secret", jwt_issuer="i", jwt_audience="a", jwt_jwks_url="https://user:secret@id.example.org/keys"
+    )
+    assert settings.summary()["api_key"] == "***"
+    assert not [text for text in settings.summary().values() if "secret" in text]
 
 
 @pytest.mark.parametrize("name", VALUES)

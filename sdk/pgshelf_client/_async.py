@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -30,15 +31,18 @@ from .types import (
     ImportProgress,
     ImportResult,
     Index,
+    Key,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
     NewDocument,
+    NewKey,
     Readiness,
     Search,
     SearchResult,
+    Token,
     Vector,
 )
 
@@ -175,6 +179,51 @@ class AsyncClient:
     async def library_stats(self, library: Name) -> LibraryStats:
         """How much a library holds, and how much of it waits for its embeddings."""
         return await self._fetch(self._routes.call("GET", "libraries", library, "stats"), base.STATS)
+
+    # Keys
+
+    async def create_key(
+        self,
+        name: str,
+        role: str,
+        *,
+        libraries: Sequence[str] | None = None,
+        expires_at: datetime | None = None,
+    ) -> NewKey:
+        """Create a key with the role "reader", "writer" or "admin"; its `secret` is in this answer and nowhere else.
+
+        `libraries` are ids, names or patterns such as "team-*"; the key sees all if there are none. `expires_at` needs
+        a time zone. It takes a key of the role admin for all libraries.
+        """
+        body = given(name=name, role=role, libraries=listed(libraries), expires_at=expires_at)
+        return await self._fetch(self._routes.call("POST", "keys", body=body), base.NEW_KEY)
+
+    def keys(self, *, revoked: bool | None = None, page_size: int | None = None) -> AsyncIterator[Key]:
+        """All keys, fetched page by page; with `revoked` those that were revoked, too."""
+        params = {"revoked": None if revoked is None else str(revoked).lower(), "limit": page_size}
+        return self._items(self._routes.call("GET", "keys", params=params), base.API_KEYS)
+
+    async def get_key(self, key: Name) -> Key:
+        """One key, by name or id, without its secret."""
+        return await self._fetch(self._routes.call("GET", "keys", key), base.API_KEY)
+
+    async def revoke_key(self, key: Name) -> None:
+        """End a key and all its tokens, at once."""
+        await self._answer(self._routes.call("DELETE", "keys", key))
+
+    async def rotate_key(
+        self, key: Name, *, overlap: int | None = None, expires_at: datetime | UnsetType | None = UNSET
+    ) -> NewKey:
+        """Give a key another secret; the one before is valid for `overlap` seconds yet, a day if that is not given."""
+        body = {**given(overlap=overlap), **changed(expires_at=expires_at)}
+        return await self._fetch(self._routes.call("POST", "keys", key, "rotate", body=body), base.NEW_KEY)
+
+    async def create_token(
+        self, *, role: str | None = None, libraries: Sequence[str] | None = None, expires_in: int | None = None
+    ) -> Token:
+        """Exchange this client's key for a token, which may do less and lives for `expires_in` seconds."""
+        body = given(role=role, libraries=listed(libraries), expires_in=expires_in)
+        return await self._fetch(self._routes.call("POST", "token", body=body), base.TOKEN)
 
     # Indexes
 

@@ -27,13 +27,16 @@ from .types import (
     FacetsResult,
     Health,
     Index,
+    Key,
     Library,
     LibraryStats,
     Metadata,
     Name,
     NewChunk,
+    NewKey,
     Readiness,
     SearchResult,
+    Token,
     Vector,
 )
 
@@ -74,6 +77,10 @@ EVENT_TAKEN = msgspec.json.Decoder(EventTaken)
 FACETS_RESULT = msgspec.json.Decoder(FacetsResult)
 EXPORTED = msgspec.json.Decoder(ExportedDocument)
 HEALTH = msgspec.json.Decoder(Health)
+API_KEY = msgspec.json.Decoder(Key)
+API_KEYS = msgspec.json.Decoder(Page[Key])
+NEW_KEY = msgspec.json.Decoder(NewKey)
+TOKEN = msgspec.json.Decoder(Token)
 LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
 READINESS = msgspec.json.Decoder(Readiness)

@@ -447,3 +447,40 @@ class Readiness(Answer, frozen=True):
 
     status: str
     checks: dict[str, Any] = {}
+
+
+class KeySecret(Answer, frozen=True):
+    """A secret of a key, without itself: how it begins, and when it ends by a rotation."""
+
+    hint: str
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+
+
+class Key(Answer, frozen=True):
+    """A key of the API. `libraries` are ids, names and patterns; ["*"] is all."""
+
+    id: str
+    name: str
+    role: str
+    libraries: list[str] = []
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    secrets: list[KeySecret] = []
+
+
+class NewKey(Key, frozen=True, kw_only=True):
+    """A key with its new `secret`, which the server cannot show again."""
+
+    secret: str
+
+
+class Token(Answer, frozen=True):
+    """A token made from a key: an `api_key` for minutes."""
+
+    token: str
+    role: str
+    expires_at: datetime
+    libraries: list[str] = []

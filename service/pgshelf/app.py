@@ -12,11 +12,12 @@ from pathlib import Path
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.spec import License, Tag
+from litestar.openapi.spec import Components, License, SecurityScheme, Tag
 from litestar.router import Router
 
 from pgshelf import (
     __version__,
+    access,
     batch,
     changes,
     chunks,
@@ -31,6 +32,7 @@ from pgshelf import (
     idempotency,
     imports,
     indexes,
+    keys,
     libraries,
     logs,
     metrics,
@@ -53,8 +55,14 @@ TAGS = [
     Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
     Tag("changes", "What happens in a library, one after the other."),
+    Tag("keys", "Who may call, with which role, and which libraries each sees. docs/security.md has the whole of it."),
     Tag("health", "For load balancers and operators."),
 ]
+BEARER = SecurityScheme(
+    type="http",
+    scheme="bearer",
+    description="A key (pgs_...), a token made from one (pgt_...), or a JWT of the issuer that the server trusts.",
+)
 
 
 def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litestar:
@@ -69,6 +77,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     engine = database.make_engine(settings, settings.database_url)
     metrics.observe_pool(engine)
     readers = changes.Readers(engine, settings)
+    guard = access.Guard(settings, engine, settings.database_url)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -77,12 +86,13 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         reconciler = worker.running(engine, settings) if settings.worker_enabled else contextlib.nullcontext()
         async with reconciler, changes.waking(readers):
             yield
+        await guard.close()
         await providers.close()
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
-    handlers += [search.router, indexes.router, embedder_changes.router, facets.router]
+    handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
@@ -91,11 +101,13 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: readers, sync_to_thread=False),
             "once": Provide(idempotency.once),
+            "principal": Provide(access.principal, sync_to_thread=False),
         },
         dto=http.Body,
         return_dto=None,
         response_class=http.Answer,
-        middleware=[http.decode_path],
+        middleware=[http.decode_path, guard.middleware, http.known_content],
+        cors_config=http.cors(settings),
         exception_handlers={Exception: http.render_problem},
         request_max_body_size=settings.max_body_bytes,
         lifespan=[lifespan],
@@ -108,6 +120,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             path="/schema",
             render_plugins=[openapi.Reference(path=["/", "/openapi.json"])],
             tags=TAGS,
+            components=Components(security_schemes={"key": BEARER}),
+            security=[{"key": []}],
             use_handler_docstrings=True,
         ),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ import psycopg.conninfo
 
 from pgshelf import __version__, cli_search, cli_transfer, embedded, logs
 from pgshelf.console import Failure
-from pgshelf.settings import PREFIX, Settings, SettingsError
+from pgshelf.settings import PREFIX, Settings, SettingsError, is_loopback
 
 if TYPE_CHECKING:
     from pgshelf_client import Client
@@ -103,11 +104,12 @@ def _migrate(url: str, settings: Settings) -> None:
 def serve(host: str | None, port: int | None, data_dir: Path | None, workers: int | None, reload: bool) -> None:
     """Serve the REST API."""
     settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers)
+    access = _check_access(settings.database_url, settings) if settings.database_url else None
     address = _check_address(settings)
     with _database(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
             _migrate(url, settings)
-        click.echo(_banner(settings, server))
+        click.echo(_banner(settings, server, access or _check_access(url, settings)))
         if server is None:
             _say_what_fails(url, settings)
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
@@ -220,11 +222,8 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 def _check_address(settings: Settings) -> str:
     """The IP address to listen on, which is free and which nobody reaches by mistake."""
-    if not _is_loopback(settings.host) and not settings.allow_unauthenticated:
-        raise Failure(
-            f"{settings.host} can be reached from other machines, and this version has no authentication. Listen on "
-            "127.0.0.1, or set PGSHELF_ALLOW_UNAUTHENTICATED=true where something in front of pgshelf authenticates."
-        )
+    if settings.auth == "off" and not is_loopback(settings.host) and not settings.allow_unauthenticated:
+        raise Failure(f"{_reachable(settings)}PGSHELF_AUTH=off would let anybody in. {OTHERWISE}")
     try:
         family, kind, _, _, where = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -235,14 +234,43 @@ def _check_address(settings: Settings) -> str:
     return str(where[0])
 
 
-def _is_loopback(host: str) -> bool:
+OTHERWISE = (
+    "Listen on 127.0.0.1, or set PGSHELF_ALLOW_UNAUTHENTICATED=true where something in front of pgshelf authenticates."
+)
+
+
+def _reachable(settings: Settings) -> str:
+    return f"{settings.host} can be reached from other machines, and "
+
+
+def _check_access(url: str, settings: Settings) -> str:
+    """Who may come in, in a few words; refuses an address that others reach while nothing says who may."""
+    from pgshelf import access, database
+
+    closed = access.requires_keys(settings)
+    if closed is False:
+        return "open to whoever reaches it: PGSHELF_AUTH=off"
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        with database.connect(url, "serve") as connection:
+            row = connection.execute(
+                "select exists (select from pgshelf.keys), exists (select from pgshelf.keys k"
+                " where k.revoked_at is null and coalesce(k.expires_at > now(), true))"
+            ).fetchone()
+        any_key, usable = row or (False, False)
+    except psycopg.Error:  # the banner is followed by what is wrong with the database
+        any_key = usable = None
+    if closed and settings.auth == "auto" and not settings.jwt and not usable:
+        why = "there is no key yet" if usable is False else "the database does not say whether there is a key"
+        todo = "Make one with pgshelf keys create, set PGSHELF_AUTH=on or the settings of JWT. "
+        raise Failure(f"{_reachable(settings)}{why}. {todo}{OTHERWISE}")
+    if closed is None and not any_key:
+        return "open to whoever reaches it, until there is a key: pgshelf keys create NAME --role admin"
+    if usable or settings.jwt:
+        return "with a key" + (f", or a token of {settings.jwt_issuer}" if settings.jwt else "")
+    return "with a key, and there is none: pgshelf keys create NAME --role admin"
 
 
-def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
+def _banner(settings: Settings, server: embedded.EmbeddedServer | None, access: str) -> str:
     default, shown, here = Settings(), settings.summary(), f"http://{settings.host}:{settings.port}"
     shown_above = ("database_url", "host", "port")
     changed = [
@@ -256,6 +284,7 @@ def _banner(settings: Settings, server: embedded.EmbeddedServer | None) -> str:
         "  database "
         + (shown["database_url"] if server is None else f"PostgreSQL {server.version}, bundled, in {server.data_dir}"),
     ]
+    lines.append(f"  access   {access}")
     if server is not None:
         lines.append(f"  psql     {server.psql_command()}")
     lines.append("  settings " + ("all at their defaults" if not changed else "that differ from the defaults:"))
@@ -284,6 +313,114 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
         except migrate.MigrationError as error:
             raise Failure(str(error)) from None
         click.echo(f"the schema pgshelf is back at {down_to}")
+
+
+@main.group("keys")
+def keys_group() -> None:
+    """Keys of the REST API, straight in the database; the service need not run."""
+
+
+DATA_DIR = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR)."
+)
+
+
+@contextlib.contextmanager
+def _keys(data_dir: Path | None) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to the database that has the keys; what it refuses ends the command."""
+    from pgshelf import database
+    from pgshelf.errors import Problem, problem_of
+
+    settings = _settings(data_dir=data_dir)
+    with _database(settings) as (url, server):
+        if server is not None:
+            _migrate(url, settings)
+        try:
+            with database.connect(url, "keys") as connection:
+                yield connection
+        except (psycopg.Error, Problem) as error:
+            raise Failure(problem_of(error).detail) from None
+
+
+def _moment(_: click.Context, option: click.Parameter, value: str | None) -> datetime | None:
+    if value is None:
+        return None
+    if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
+        unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[found[2]]
+        return datetime.now(UTC) + timedelta(**{unit: int(found[1])})
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter("needs a duration such as 90d or 12h, or a time such as 2027-01-31T00:00Z") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@keys_group.command("create")
+@click.argument("name")
+@click.option("--role", type=click.Choice(["reader", "writer", "admin"]), required=True, help="What it may do.")
+@click.option(
+    "--library", "scope", multiple=True, metavar="NAME", help="A name, an id or a pattern (team-*); may be repeated."
+)
+@click.option("--expires", "ends", callback=_moment, metavar="WHEN", help="Such as 90d, 12h, or 2027-01-31.")
+@DATA_DIR
+def keys_create(name: str, role: str, scope: tuple[str, ...], ends: datetime | None, data_dir: Path | None) -> None:
+    """Make a key, which sees all libraries unless --library says which. Its secret is printed this once."""
+    from pgshelf import credentials, keys
+
+    made = credentials.mint()
+    with _keys(data_dir) as connection:
+        keys.check_name(name)
+        keys.check_expiry(ends)
+        given = [name, role, keys.stored_scope(list(scope) or None), ends, made.hash, made.hint]
+        connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
+    click.echo(made.secret)
+    click.echo("Keep it now: it cannot be shown again.", err=True)
+
+
+@keys_group.command("list")
+@click.option("--revoked", is_flag=True, help="The revoked ones, too.")
+@DATA_DIR
+def keys_list(revoked: bool, data_dir: Path | None) -> None:
+    """List keys, without their secrets."""
+    with _keys(data_dir) as connection:
+        rows = connection.execute(
+            "select k.id, k.name, k.role, coalesce(array_to_string(k.libraries, ', '), 'all libraries'), k.expires_at,"
+            " k.revoked_at, k.last_used_at, (select string_agg(s.hint, ', ' order by s.created_at desc)"
+            " from pgshelf.key_secrets s"
+            " where s.key_id = k.id and not s.token and coalesce(s.expires_at > now(), true))"
+            " from pgshelf.keys k where %s or k.revoked_at is null order by k.created_at, k.id",
+            [revoked],
+        ).fetchall()
+    for key, name, role, scope, ends, over, used, hints in rows:
+        said = [f"revoked {over:%Y-%m-%d %H:%M}" if over else f"expires {ends:%Y-%m-%d %H:%M}" if ends else "no end"]
+        said += [f"used {used:%Y-%m-%d %H:%M}" if used else "never used"]
+        click.echo(f"{key}  {name}  {role}  {scope}  {hints or '-'}...  {', '.join(said)}")
+
+
+@keys_group.command("revoke")
+@click.argument("key")
+@DATA_DIR
+def keys_revoke(key: str, data_dir: Path | None) -> None:
+    """End KEY (its name or id) and all its tokens, at once in every running service."""
+    with _keys(data_dir) as connection:
+        connection.execute("select pgshelf.revoke_key(%s)", [key])
+    click.echo(f"{key} is revoked")
+
+
+@keys_group.command("rotate")
+@click.argument("key")
+@click.option("--overlap", type=click.IntRange(0), default=86_400, show_default=True, help="Seconds of the old secret.")
+@DATA_DIR
+def keys_rotate(key: str, overlap: int, data_dir: Path | None) -> None:
+    """Give KEY (its name or id) another secret, which is printed this once; the old one is valid for a while yet."""
+    from pgshelf import credentials
+
+    made = credentials.mint()
+    with _keys(data_dir) as connection:
+        given = [key, made.hash, made.hint, timedelta(seconds=overlap)]
+        connection.execute("select pgshelf.rotate_key(%s, %s, %s, %s, null, false)", given)
+    click.echo(made.secret)
+    click.echo("Keep it now: it cannot be shown again.", err=True)
 
 
 @main.command("doctor")
@@ -359,7 +496,13 @@ def _exit_when_told() -> threading.Event:
 @contextlib.contextmanager
 def _serving(port: int, data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A `pgshelf serve` with the bundled PostgreSQL, whatever database the environment names."""
-    fixed = {"DATA_DIR": str(data_dir.resolve()), "API_PREFIX": "/v1", "HOST": "127.0.0.1", "LOG_LEVEL": "warning"}
+    fixed = {
+        "AUTH": "off",
+        "DATA_DIR": str(data_dir.resolve()),
+        "API_PREFIX": "/v1",
+        "HOST": "127.0.0.1",
+        "LOG_LEVEL": "warning",
+    }
     environment = {**os.environ, **{PREFIX + name: value for name, value in fixed.items()}}
     environment.pop(f"{PREFIX}DATABASE_URL", None)
     command = [sys.executable, "-m", "pgshelf.cli", "serve", "--port", str(port)]

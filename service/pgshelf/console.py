@@ -32,7 +32,7 @@ def connected(settings: Settings, url: str | None, retries: int = 3) -> Iterator
 
     address = url or f"http://127.0.0.1:{settings.port}"
     try:
-        with Client(address, api_prefix=settings.api_prefix, retries=retries) as client:
+        with Client(address, api_prefix=settings.api_prefix, api_key=settings.api_key, retries=retries) as client:
             yield client
     except ConnectionFailed as error:
         raise Failure(f"{error}. Is pgshelf serve running there? Say where with --url, or PGSHELF_PORT.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -173,6 +173,61 @@ def _is_stale(error: psycopg.Error) -> bool:
 async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Run one statement of ours as a transaction of its own."""
     return await retried(engine, lambda connection: rows(connection, statement, *parameters), single=True)
+
+
+class Beside:
+    """One connection beside the pool, for a short question that each request asks before anything else.
+
+    A question is one statement and changes nothing, so it can be asked again where the connection was lost. Its plans
+    are generic: they never touch the shelves.
+    """
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self._target = dsn(
+            url,
+            application_name="pgshelf auth",
+            connect_timeout=settings.connect_timeout,
+            options=f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c jit=off"
+            " -c plan_cache_mode=force_generic_plan",
+        )
+        self._patience = settings.pool_timeout
+        self._turn = asyncio.Lock()
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+
+    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Run a statement by itself, in turn."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Problem("pool_exhausted", "The database is slow to say who may come in. Try again.") from None
+        try:
+            fresh = self._connection is None
+            try:
+                return await self._ask(question, parameters)
+            except psycopg.Error as error:
+                await self.close()
+                if fresh or not (isinstance(error, psycopg.OperationalError) or _is_stale(error)):
+                    raise
+                return await self._ask(question, parameters)
+        except BaseException:  # cancelled, too: what the connection is in the middle of, nobody knows
+            await self.close()
+            raise
+        finally:
+            self._turn.release()
+
+    async def _ask(self, question: str, parameters: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+        if self._connection is None:
+            self._connection = await psycopg.AsyncConnection.connect(self._target, autocommit=True)
+        async with self._connection.cursor(binary=True) as cursor:
+            await cursor.execute(question.encode(), parameters, prepare=True)
+            return await cursor.fetchall()
+
+    async def close(self) -> None:
+        """Give the connection back; the next question opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
 
 def now() -> sqlalchemy.ColumnElement[Any]:

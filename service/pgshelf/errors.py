@@ -13,12 +13,21 @@ CODES: dict[str, tuple[int, str]] = {
     "invalid_json": (400, "The body cannot be read"),
     "validation_failed": (400, "The request is not valid"),
     "invalid_text": (400, "The text cannot be stored"),
+    "host_not_allowed": (400, "The address is not one of this server's"),
+    "unauthorized": (401, "A key is required"),
+    "invalid_key": (401, "The key is not valid"),
+    "key_expired": (401, "The key has expired"),
+    "key_revoked": (401, "The key was revoked"),
+    "invalid_token": (401, "The token is not valid"),
+    "forbidden": (403, "The key may not do this"),
     "library_not_found": (404, "No such library"),
     "document_not_found": (404, "No such document"),
     "chunk_not_found": (404, "No such chunk"),
+    "key_not_found": (404, "No such key"),
     "route_not_found": (404, "No such address"),
     "method_not_allowed": (405, "The address does not take this method"),
     "library_exists": (409, "A library of this name exists"),
+    "key_exists": (409, "A key of this name exists"),
     "referenced": (409, "Something else references the document"),
     "version_mismatch": (409, "The document has changed"),
     "too_many_affected": (409, "The change would affect too many documents"),
@@ -51,6 +60,7 @@ CODES: dict[str, tuple[int, str]] = {
     "embedder_unavailable": (503, "The embedding provider is not available"),
     "too_many_readers": (503, "Too many readers wait for changes"),
     "reranker_unavailable": (503, "The reranking provider is not available"),
+    "issuer_unavailable": (503, "The issuer's keys cannot be had"),
     "pool_exhausted": (503, "All database connections are busy"),
     "lock_timeout": (503, "Another operation holds what this one needs"),
     "read_only": (503, "The database accepts no writes now"),
@@ -67,6 +77,7 @@ SQLSTATES: dict[str, str] = {
     "PS001": "library_not_found",
     "PS002": "document_not_found",
     "PS003": "chunk_not_found",
+    "PS004": "key_not_found",
     "PS010": "wrong_dimension",
     "PS011": "zero_vector",
     "PS012": "invalid_vector",
@@ -109,7 +120,7 @@ CLASSES: dict[str, str] = {
     "57": "database_unavailable",
     "58": "database_unavailable",
 }
-CONSTRAINTS = {"libraries_name_key": "library_exists"}
+CONSTRAINTS = {"libraries_name_key": "library_exists", "keys_name_key": "key_exists"}
 # What the database says of these tells of our insides; the answer says something of its own.
 SILENT = {
     "internal_error": "It has been logged under the request id. Try again, and report it when it stays.",
@@ -123,6 +134,7 @@ SILENT = {
     "conflict": "Nothing was written. Try again.",
     "invalid_text": "PostgreSQL stores no NUL characters (\\u0000) and no broken Unicode; take them out.",
     "library_exists": "Choose another name, or use the library that is there.",
+    "key_exists": "Choose another name, or rotate the key that is there.",
     "referenced": "A table of another application holds a foreign key to it. Delete or change that row first.",
 }
 

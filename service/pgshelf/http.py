@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response
+from litestar.config.cors import CORSConfig
 from litestar.datastructures import MutableScopeHeaders
 from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
@@ -26,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import logs
 from pgshelf.errors import Problem, invalid, problem_of
-from pgshelf.settings import Settings
+from pgshelf.settings import Settings, listed
 from pgshelf.timing import stage, stages
 
 if TYPE_CHECKING:
@@ -97,12 +98,14 @@ def problems(*statuses: int) -> dict[int, ResponseSpec]:
             ProblemBody, generate_examples=False, media_type="application/problem+json", description=text
         )
         for status, text in PROBLEMS.items()
-        if status in {400, 500, 503, 504, *statuses}
+        if status in {400, 401, 403, 500, 503, 504, *statuses}
     }
 
 
 PROBLEMS = {
     400: "Malformed or invalid",
+    401: "No key, or one that is not valid; see WWW-Authenticate",
+    403: "The key may not do this",
     404: "Not found",
     409: "Conflict, or a stale If-Match",
     410: "Not kept any more",
@@ -133,9 +136,14 @@ class Body(AbstractDTO[Any]):
         request = self.asgi_connection
         model: Any = request.route_handler.parsed_data_field.annotation
         with stage("decode"):
-            if _media_type(request.headers.get("content-type", "")) in MSGPACK_TYPES:
-                return msgspec.msgpack.decode(value, type=model)
-            return msgspec.json.decode(value, type=model)
+            return decoded(request.headers.get("content-type", ""), value, model)
+
+
+def decoded(content_type: str, body: bytes, model: type[T]) -> T:
+    """A body as what a struct says of it."""
+    if _media_type(content_type) in MSGPACK_TYPES:
+        return msgspec.msgpack.decode(body, type=model)
+    return msgspec.json.decode(body, type=model)
 
 
 class Answer(Response[T]):
@@ -268,7 +276,7 @@ class Edge:
 
 
 def decode_path(app: ASGIApp) -> ASGIApp:
-    """Behind routing: percent-decode path parameters once, and refuse bodies of another type than the route takes."""
+    """Behind routing: percent-decode path parameters once."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == ScopeType.HTTP:
@@ -285,10 +293,33 @@ def decode_path(app: ASGIApp) -> ASGIApp:
                 }
             except UnicodeDecodeError:
                 raise invalid("path", "is not valid UTF-8 behind its percent-encoding") from None
-            _check_content_type(scope)
         await app(scope, receive, send)
 
     return middleware
+
+
+def known_content(app: ASGIApp) -> ASGIApp:
+    """Behind the guard: refuse bodies of another type than the route takes."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == ScopeType.HTTP:
+            check_content_type(scope)
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def cors(settings: Settings) -> CORSConfig | None:
+    """Which web pages of other origins may call; none unless PGSHELF_CORS_ORIGINS names them."""
+    origins = listed(settings.cors_origins)
+    if not origins:
+        return None
+    return CORSConfig(
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
+        allow_headers=["Authorization", "Content-Type", "If-Match", "Idempotency-Key", "X-Request-Id"],
+        expose_headers=["ETag", "Location", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-Id"],
+    )
 
 
 async def _options(scope: Any, receive: Receive, send: Send) -> None:
@@ -300,7 +331,8 @@ async def _options(scope: Any, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _check_content_type(scope: Any) -> None:
+def check_content_type(scope: Any) -> None:
+    """Refuse a body that is neither JSON nor MessagePack."""
     if scope["method"] not in {"POST", "PUT", "PATCH"}:
         return
     headers = dict(scope["headers"])

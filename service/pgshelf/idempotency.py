@@ -16,6 +16,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database
+from pgshelf.access import Caller
 from pgshelf.errors import Problem
 from pgshelf.http import Answer, Engine
 
@@ -34,12 +35,12 @@ Key = Annotated[
 Work = Callable[[AsyncConnection], Awaitable[Answer[Any]]]
 # Whoever comes second waits here until the first has committed and left its answer, or has failed.
 CLAIM = """
-insert into pgshelf.idempotency_keys as k (scope, key, request) values ('', %s, %s)
+insert into pgshelf.idempotency_keys as k (scope, key, request) values (%s, %s, %s)
 on conflict on constraint idempotency_keys_pkey do update set key = excluded.key
 returning k.request, k.status, k.headers, k.body
 """
-KEPT = "select request, status, headers, body from pgshelf.idempotency_keys where scope = '' and key = %s"
-KEEP = "update pgshelf.idempotency_keys set status = %s, headers = %s, body = %s where scope = '' and key = %s"
+KEPT = "select request, status, headers, body from pgshelf.idempotency_keys where scope = %s and key = %s"
+KEEP = "update pgshelf.idempotency_keys set status = %s, headers = %s, body = %s where scope = %s and key = %s"
 
 
 class Once:
@@ -49,8 +50,8 @@ class Once:
     nothing was written, so the same key may try again.
     """
 
-    def __init__(self, engine: AsyncEngine, key: str | None, request: bytes) -> None:
-        self.engine, self.key, self.request = engine, key, request
+    def __init__(self, engine: AsyncEngine, owner: str, key: str | None, request: bytes) -> None:
+        self.engine, self.owner, self.key, self.request = engine, owner, key, request
 
     async def run(self, work: Work, *, single: bool = False) -> Answer[Any]:
         """Do `work` in a transaction, or answer what it answered before; `single` as in `database.transaction`."""
@@ -59,7 +60,7 @@ class Once:
 
         async def claimed(connection: AsyncConnection) -> Answer[Any]:
             try:
-                found = (await database.rows(connection, CLAIM, self.key, self.request))[0]
+                found = (await database.rows(connection, CLAIM, self.owner, self.key, self.request))[0]
             except psycopg.errors.LockNotAvailable:
                 detail = "The first request of this key is still being carried out. Try again shortly."
                 raise Problem("idempotency_key_in_use", detail) from None
@@ -67,14 +68,15 @@ class Once:
                 return self._answer(found)
             answer = await work(connection)
             body = None if answer.content is None else msgspec.json.encode(answer.content, enc_hook=default_serializer)
-            await database.rows(connection, KEEP, answer.status_code, Jsonb(dict(answer.headers)), body, self.key)
+            kept = (answer.status_code, Jsonb(dict(answer.headers)), body)
+            await database.rows(connection, KEEP, *kept, self.owner, self.key)
             return answer
 
         return await database.retried(self.engine, claimed)
 
     async def replayed(self) -> Answer[Any] | None:
         """The stored answer, if there is one: for writes that would prepare at length what was done already."""
-        found = None if self.key is None else await database.run(self.engine, KEPT, self.key)
+        found = None if self.key is None else await database.run(self.engine, KEPT, self.owner, self.key)
         return self._answer(found[0]) if found else None
 
     def _answer(self, kept: tuple[Any, ...]) -> Answer[Any]:
@@ -86,7 +88,7 @@ class Once:
         return Answer(content, status_code=status, headers=headers | {REPLAYED: "true"})
 
 
-async def once(engine: Engine, request: Request[Any, Any, Any], idempotency_key: Key = None) -> Once:
+async def once(engine: Engine, request: Request[Any, Any, Any], principal: Caller, idempotency_key: Key = None) -> Once:
     """The dependency `once` of a handler that writes."""
     digest = hashlib.sha256()
     if idempotency_key is not None:
@@ -94,7 +96,7 @@ async def once(engine: Engine, request: Request[Any, Any, Any], idempotency_key:
         target = (request.method, scope["path"], scope["query_string"], request.headers.get("if-match", ""))
         digest.update(msgspec.msgpack.encode(target))
         digest.update(await request.body())
-    return Once(engine, idempotency_key, digest.digest())
+    return Once(engine, principal.owner, idempotency_key, digest.digest())
 
 
 Write = NamedDependency[SkipValidation[Once]]

@@ -16,6 +16,7 @@ from sqlalchemy import insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
+from pgshelf.access import Caller
 from pgshelf.embedder_choice import Dimension, EmbedderChoice, EmbedderUsed, chosen
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
@@ -218,11 +219,13 @@ async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: C
     summary="List libraries",
     operation_id="listLibraries",
 )
-async def list_libraries(engine: Engine, settings: Config, limit: Limit = None, after: After = None) -> Page[Library]:
-    """List libraries, oldest first."""
+async def list_libraries(
+    engine: Engine, settings: Config, principal: Caller, limit: Limit = None, after: After = None
+) -> Page[Library]:
+    """List the libraries that the key sees, oldest first."""
     size = page_size(limit, settings)
     moment, last = position(after)
-    query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None))
+    query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None), *principal.sees())
     if moment is not None:
         query = query.where(tuple_(libraries.c.created_at, libraries.c.id) > (moment, last))
     async with database.transaction(engine) as connection:

@@ -100,7 +100,7 @@ class Rows:
 
 
 # not in the OpenAPI document: its readers know the address, and it is no part of what a client may rely on
-@get("/metrics", media_type=CONTENT_TYPE_LATEST, include_in_schema=False)
+@get("/metrics", media_type=CONTENT_TYPE_LATEST, include_in_schema=False, operation_id="metrics")
 async def metrics(engine: Engine, settings: Config, metrics_folder: Folder) -> Response[bytes]:
     """Everything that is measured, of all processes of this service, in Prometheus' text format."""
     rows = await database.run(engine, QUERY, settings.metrics_libraries)

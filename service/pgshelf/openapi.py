@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
+from pgshelf.access import RULES
 from pgshelf.batch import AddDocuments, DocumentResults
 from pgshelf.changes import Change, Changes
 from pgshelf.chunks import Chunk, PatchChunk
@@ -32,6 +33,7 @@ from pgshelf.imports import ImportBatch, ImportDone, ImportError
 from pgshelf.index_choice import IndexChoice
 from pgshelf.indexes import Index
 from pgshelf.ingest import DocumentInput
+from pgshelf.keys import CreateKey, CreateToken, Key, NewKey, RotateKey, Token
 from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
 from pgshelf.retry import Retried, RetryEmbeddings
 from pgshelf.search import Batch, BatchAnswer, LibrariesAnswer, LibrariesRequest
@@ -39,7 +41,17 @@ from pgshelf.searching import SearchAnswer, SearchRequest
 
 CHUNK = "6f1c9c1e-2f0d-4c5b-9a39-0d3f5a1b7c21"
 DOCUMENT = "0b8f6c52-93a4-4f7e-8a51-1f0f7a2f4d10"
-PATHS = {"library": "handbook", "document": "guide/vacuum", "chunk": CHUNK}
+PATHS = {"library": "handbook", "document": "guide/vacuum", "chunk": CHUNK, "key": "crawler"}
+KEY = {
+    "id": "9d1f0a52-7a55-4f3b-8f0e-0c3c2b8f6a10",
+    "name": "crawler",
+    "role": "writer",
+    "libraries": ["handbook", "team-*"],
+    "created_at": "2026-01-05T09:00:00Z",
+    "expires_at": None,
+    "revoked_at": None,
+    "last_used_at": None,
+}
 HIT = {
     "chunk_id": CHUNK,
     "document_id": DOCUMENT,
@@ -129,6 +141,9 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     },
     RetryEmbeddings: {"filter": {"year": 2025}},
     DeleteDocuments: {"filter": {"$updated_at": {"$lt": "2020-01-01"}}, "dry_run": True},
+    CreateKey: {"name": "crawler", "role": "writer", "libraries": ["handbook", "team-*"]},
+    RotateKey: {"overlap": 3600},
+    CreateToken: {"role": "reader", "libraries": ["handbook"], "expires_in": 600},
     FacetsRequest: {"attributes": ["year", "$source"], "filter": {"chunk.$text": {"$ilike": "%vacuum%"}}, "limit": 5},
 }
 ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
@@ -252,6 +267,14 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "facets": {"year": [{"value": 2025, "documents": 7}, {"value": 2024, "documents": 5}]},
         "documents": 12,
     },
+    Key: {**KEY, "secrets": [{"hint": "pgs_4fQz", "created_at": "2026-01-05T09:00:00Z", "expires_at": None}]},
+    NewKey: {**KEY, "secret": "pgs_..."},
+    Token: {
+        "token": "pgt_...",
+        "role": "reader",
+        "libraries": ["handbook"],
+        "expires_at": "2026-01-05T09:10:00Z",
+    },
     ProblemBody: {
         "type": "urn:pgshelf:error:library_not_found",
         "title": CODES["library_not_found"][1],
@@ -264,7 +287,7 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     Health: {"status": "ok", "version": "1.0.0"},
     Ready: {"status": "ready", "checks": {"database": "ok", "schema": "0001", "pgvector": "0.8.1"}},
 }
-PAGES: list[Any] = [Page[Library], Page[Document], Page[Chunk]]
+PAGES: list[Any] = [Page[Library], Page[Document], Page[Chunk], Page[Key]]
 SHARED = {  # what the structs of http.py do not say of themselves
     "Page": {"items": "The items, in order.", "next": "Send it as `after` for the page behind; null at the end."},
     "FieldError": {"path": "Where in the request.", "message": "What is wrong there."},
@@ -287,10 +310,12 @@ HEADERS = {
     "Server-Timing": ("Milliseconds spent per stage, and in total.", "string"),
     "Location": ("The address of what was written.", "string"),
     "ETag": ("The version of the document, for If-Match.", "string"),
+    "WWW-Authenticate": ("How to say who calls.", "string"),
     "Retry-After": ("Seconds to wait before trying again.", "integer"),
 }
 SENT = {  # in successful answers, beside what every answer has
     "createLibrary": ["Location"],
+    "createKey": ["Location"],
     "addDocument": ["Location", "ETag"],
     "putDocument": ["Location", "ETag"],
     "addEvent": ["Location"],
@@ -314,6 +339,8 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     """Put in what Litestar's own schemas leave out; doing it twice does no harm."""
     document["components"]["schemas"] = _schemas()
     for operation in [item for methods in document["paths"].values() for item in methods.values()]:
+        if RULES[operation["operationId"]].role is None:
+            operation["security"] = []
         for parameter in operation.get("parameters", []):
             if parameter["in"] == "path":
                 parameter["example"] = PATHS[parameter["name"]]
@@ -324,6 +351,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             names = ["X-Request-Id", "Server-Timing"]
             names += SENT.get(operation["operationId"], []) if int(status) < 400 else []
             names += ["Retry-After"] if int(status) in RETRY_AFTER else []
+            names += ["WWW-Authenticate"] if int(status) == 401 else []
             response["headers"] = {
                 name: {"description": HEADERS[name][0], "schema": {"type": HEADERS[name][1]}} for name in names
             }

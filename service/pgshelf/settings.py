@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from msgspec import Meta
 
 PREFIX = "PGSHELF_"
 BASE_URLS = {"cohere_base_url": "https://api.cohere.com", "openai_base_url": "http://localhost:8000/v1"}
+# `*`, or origins as browsers send them, separated by commas
+ORIGINS = r"^(\*|(https?://[^/?#,\s@*]+(,\s*https?://[^/?#,\s@*]+)*)?)\Z"
 
 
 class SettingsError(ValueError):
@@ -41,6 +44,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allow_unauthenticated: bool = False
     workers: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default_factory=lambda: os.cpu_count() or 1)
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
+
+    auth: Annotated[str, Meta(pattern="^(auto|on|off)$")] = "auto"
+    api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
+    public_search: str = ""
+    allowed_hosts: str = ""
+    cors_origins: Annotated[str, Meta(pattern=ORIGINS)] = ""
+    token_lifetime: Annotated[int, Meta(ge=10, le=86_400)] = 3600
+    jwt_issuer: Annotated[str, Meta(min_length=1)] | None = None
+    jwt_audience: Annotated[str, Meta(min_length=1)] | None = None
+    jwt_jwks_url: Annotated[str, Meta(pattern=r"^https?://[^/?#\s]+[^#\s]*\Z")] | None = None
+    jwt_keys_file: Path | None = None
+    jwt_role_claim: Annotated[str, Meta(min_length=1)] = "pgshelf_role"
+    jwt_roles: Annotated[str, Meta(pattern=r"^([^,=]+=(reader|writer|admin)(,[^,=]+=(reader|writer|admin))*)?\Z")] = ""
+    jwt_libraries_claim: Annotated[str, Meta(min_length=1)] = "pgshelf_libraries"
+    jwt_libraries: str = ""
 
     embedder: Annotated[str, Meta(pattern="^(local|cohere|openai|sentence_transformers|none)$")] | None = None
     embedder_model: Annotated[str, Meta(max_length=200)] | None = None
@@ -117,6 +135,22 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                 urlsplit(getattr(self, name) or "").port  # noqa: B018 - reading it is what checks it
             except ValueError:
                 raise ValueError(f"{name} must be an address such as {example}") from None
+        self._check_jwt()
+
+    def _check_jwt(self) -> None:
+        sources = [source for source in (self.jwt_jwks_url, self.jwt_keys_file) if source is not None]
+        if not sources and self.jwt_issuer is None and self.jwt_audience is None:
+            return
+        if len(sources) != 1 or self.jwt_issuer is None or self.jwt_audience is None:
+            raise ValueError("JWT needs jwt_issuer, jwt_audience, and either jwt_jwks_url or jwt_keys_file")
+        url = urlsplit(self.jwt_jwks_url or "")
+        if url.scheme == "http" and not is_loopback(url.hostname or ""):
+            raise ValueError("jwt_jwks_url must be https: whoever sits in between could give out keys of its own")
+
+    @property
+    def jwt(self) -> bool:
+        """Whether tokens of an issuer are accepted."""
+        return self.jwt_issuer is not None
 
     @property
     def default_embedder(self) -> str:
@@ -163,11 +197,24 @@ def _decode(kind: type, value: object) -> object:
 
 
 def _shown(name: str, value: object) -> str:
-    if name.endswith("_api_key") and value:
+    if name.endswith("api_key") and value:
         return "***"
-    if (name == "database_url" and value) or (name in BASE_URLS and "@" in str(value)):
+    if (name == "database_url" and value) or (name in {*BASE_URLS, "jwt_jwks_url"} and "@" in str(value)):
         return masked(str(value))
     return str(value)
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a setting that is a list, separated by commas."""
+    return [part for part in map(str.strip, text.split(",")) if part]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def masked(url: str) -> str:

@@ -437,3 +437,42 @@ next_embeddings = Table(
     PrimaryKeyConstraint("change", "hash", name="next_embeddings_pkey"),
     comment="Vectors of an embedder that a library does not use yet, by the SHA-256 of the text.",
 )
+
+ROLES = "role in ('reader', 'writer', 'admin')"
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("libraries", ARRAY(Text), comment="Ids, names and patterns (team-*) of the libraries it sees; null: all."),
+    Column("created_at", moment, nullable=False, server_default=now),
+    Column("expires_at", moment),
+    Column("revoked_at", moment),
+    Column("last_used_at", moment, comment="Exact to a minute."),
+    PrimaryKeyConstraint("id", name="keys_pkey"),
+    CheckConstraint(ROLES, name="keys_role_check"),
+    Index("keys_name_key", "name", unique=True, postgresql_where=text("revoked_at is null")),
+    Index("keys_order_idx", "created_at", "id"),
+    comment="Who may call the REST API, with which role, for which libraries; revoked ones stay.",
+)
+
+key_secrets = Table(
+    "key_secrets",
+    metadata,
+    Column("hash", LargeBinary, nullable=False, comment="SHA-256 of the secret, which is stored nowhere."),
+    Column("key_id", UUID(as_uuid=True), nullable=False),
+    Column("hint", Text, nullable=False, comment="How the secret begins, for people who look for it."),
+    Column("token", Boolean, nullable=False, server_default=text("false")),
+    Column("role", Text, comment="Of a token: a role below that of its key."),
+    Column("libraries", ARRAY(Text), comment="Of a token: what it sees of what its key sees; null: all of that."),
+    Column("created_at", moment, nullable=False, server_default=now),
+    Column("expires_at", moment),
+    PrimaryKeyConstraint("hash", name="key_secrets_pkey"),
+    ForeignKeyConstraint(["key_id"], ["pgshelf.keys.id"], name="key_secrets_key_fk", ondelete="CASCADE"),
+    CheckConstraint(ROLES, name="key_secrets_role_check"),
+    Index("key_secrets_key_idx", "key_id"),
+    Index("key_secrets_tokens_idx", "expires_at", postgresql_where=text("token")),
+    comment="What proves a key: its secret, those before it while they overlap, tokens.",
+)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 import httpx2
 import numpy as np
+import psycopg
 
+from pgshelf import credentials
 from pgshelf.errors import CODES
 
 # What an answer must never hold, whatever went wrong.
@@ -51,6 +54,29 @@ def ok(response: httpx2.Response, status: int = 200) -> Any:
     """Expect a success and return its body."""
     assert response.status_code == status, response.text
     return response.json() if response.content else None
+
+
+def key(
+    url: str,
+    name: str,
+    role: str = "reader",
+    *libraries: str,
+    expires_at: datetime | None = None,
+    revoked: bool = False,
+) -> str:
+    """A key, made in the database; its secret. Without libraries it sees all."""
+    made = credentials.mint()
+    given = [name, role, list(libraries) or None, expires_at, made.hash, made.hint]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
+        if revoked:
+            connection.execute("select pgshelf.revoke_key(%s)", [name])
+    return made.secret
+
+
+def bearer(secret: str) -> dict[str, str]:
+    """The header that proves who calls."""
+    return {"Authorization": f"Bearer {secret}"}
 
 
 async def library(client: httpx2.AsyncClient, name: str = "shelf", dimension: int = 3, **fields: Any) -> dict[str, Any]:

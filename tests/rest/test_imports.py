@@ -264,7 +264,7 @@ async def test_results_come_while_the_body_is_still_sent(live_server: LiveServer
         found = await send(client, slow())
         assert found[-1] == done(lines=3000, created=3000) and len(found) > 5
         reader, writer = await asyncio.open_connection("127.0.0.1", live_server.port)
-        head = f"POST {IMPORT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = f"POST {IMPORT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
         first = lines(entry("first"))
         writer.write(head.encode() + b"%x\r\n%s\r\n" % (len(first), first))
         await writer.drain()

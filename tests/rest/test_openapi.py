@@ -12,7 +12,7 @@ import msgspec
 
 from pgshelf.embedders import PROVIDERS
 from pgshelf.errors import CODES, RETRY_AFTER
-from tests.rest.asking import chunks, ok
+from tests.rest.asking import chunks, key, ok
 
 ORDER = [  # each needs what those before it made
     "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "addEvent",
@@ -21,6 +21,7 @@ ORDER = [  # each needs what those before it made
     "getEmbedder", "putEmbedder", "cancelEmbedder",
     "queryDocuments", "facets", "updateDocuments", "retryEmbeddings", "deleteDocuments", "deleteChunk",
     "deleteDocument", "deleteLibrary",
+    "createToken", "createKey", "listKeys", "getKey", "rotateKey", "revokeKey",
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ async def test_every_operation_says_what_it_does(client: httpx2.AsyncClient) -> 
 
 
 async def test_examples_work_as_they_stand(client: httpx2.AsyncClient, database_url: str) -> None:
+    client.headers["Authorization"] = f"Bearer {key(database_url, 'first', 'admin')}"
     described = await document(client)
     found = operations(described)
     chunk = ""
@@ -97,6 +99,7 @@ async def test_everything_is_described(client: httpx2.AsyncClient) -> None:
         for status, response in item["responses"].items():
             assert response["description"] not in ("", HTTPStatus(int(status)).description), (name, status)
             assert {"X-Request-Id", "Server-Timing"} <= set(response["headers"]), (name, status)
+            assert ("WWW-Authenticate" in response["headers"]) == (status == "401"), (name, status)
             assert ("Retry-After" in response["headers"]) == (int(status) in RETRY_AFTER), (name, status)
             for media in response.get("content", {}).values():
                 assert component(media) in described["components"]["schemas"], (name, status)
@@ -107,6 +110,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
     schemas = described["components"]["schemas"]
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
     answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken", "Changes", "Change", "Retried"}
+    answers |= {"Key", "NewKey", "Token"}
     assert answers <= {name for name in schemas if "examples" in schemas[name]}
     for name, schema in schemas.items():
         for value in schema.get("examples", []):
@@ -152,6 +156,9 @@ async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
         "DeleteDocuments",
         "RetryEmbeddings",
         "FacetsRequest",
+        "CreateKey",
+        "RotateKey",
+        "CreateToken",
     ):
         assert schemas[name]["additionalProperties"] is False, name
     search = schemas["SearchRequest"]
@@ -169,10 +176,19 @@ async def test_every_problem_is_documented(client: httpx2.AsyncClient) -> None:
                 assert list(response["content"]) == ["application/problem+json"], path
                 assert response["content"]["application/problem+json"]["schema"]["$ref"].endswith("/ProblemBody")
         if path.startswith("/v1"):
-            assert {"400", "500", "503", "504"} <= set(item["responses"])
+            assert item.get("security") is None
+            assert {"400", "401", "403", "500", "503", "504"} <= set(item["responses"])
     # 405 belongs to no operation: it is the answer to those that are not there
     assert statuses == {status for status, _ in CODES.values()} - {405}
     assert described["components"]["schemas"]["ProblemBody"]["properties"]["code"]["enum"] == sorted(CODES)
+
+
+async def test_the_document_says_how_to_authenticate(client: httpx2.AsyncClient) -> None:
+    described = await document(client)
+    assert described["security"] == [{"key": []}]
+    assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    open_to_all = {name for name, (_, _, item) in operations(described).items() if item.get("security") == []}
+    assert open_to_all == {"health", "ready"}
 
 
 async def test_the_document_is_about_this_server(database_url: str, make_settings: Any, make_client: Any) -> None:

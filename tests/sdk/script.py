@@ -143,3 +143,14 @@ HIT: dict[str, Any] = {
     "highlight": "<mark>Vacuum</mark> reclaims dead rows.",
     "library": None,
 }
+KEY: dict[str, Any] = {
+    "id": "0198c0de-0000-7000-8000-000000000004",
+    "name": "crawler",
+    "role": "writer",
+    "libraries": ["team-*"],
+    "created_at": "2025-01-02T03:04:05Z",
+    "expires_at": None,
+    "revoked_at": None,
+    "last_used_at": "2025-01-02T03:04:05Z",
+    "secrets": [{"hint": "pgs_4fQz", "created_at": "2025-01-02T03:04:05Z", "expires_at": None}],
+}

@@ -14,7 +14,7 @@ import pytest
 
 import pgshelf_client
 from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
-from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, HIT, INDEX, LIBRARY, Script, ok
+from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, HIT, INDEX, KEY, LIBRARY, Script, ok
 
 FOUND = {
     "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "total": 7,
@@ -57,6 +57,31 @@ CALLS = [
     (
         "update_library", ("handbook",), {"attributes": None}, LIBRARY,
         "PATCH /v1/libraries/handbook", {"attributes": None},
+    ),
+    (
+        "create_key", ("crawler", "writer"), {}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys", {"name": "crawler", "role": "writer"},
+    ),
+    (
+        "create_key", ("crawler", "writer"),
+        {"libraries": ("team-*", "a"), "expires_at": datetime(2030, 1, 2, tzinfo=UTC)}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys",
+        {"name": "crawler", "role": "writer", "libraries": ["team-*", "a"], "expires_at": "2030-01-02T00:00:00Z"},
+    ),
+    ("get_key", ("crawler",), {}, KEY, "GET /v1/keys/crawler", None),
+    ("rotate_key", ("crawler",), {}, {**KEY, "secret": "pgs_x"}, "POST /v1/keys/crawler/rotate", {}),
+    (
+        "rotate_key", ("a/b",), {"overlap": 0, "expires_at": None}, {**KEY, "secret": "pgs_x"},
+        "POST /v1/keys/a%2Fb/rotate", {"overlap": 0, "expires_at": None},
+    ),
+    (
+        "create_token", (), {}, {"token": "pgt_x", "role": "reader", "expires_at": "2030-01-02T00:00:00Z"},
+        "POST /v1/token", {},
+    ),
+    (
+        "create_token", (), {"role": "reader", "libraries": "a", "expires_in": 60},
+        {"token": "pgt_x", "role": "reader", "libraries": ["a"], "expires_at": "2030-01-02T00:00:00Z"},
+        "POST /v1/token", {"role": "reader", "libraries": ["a"], "expires_in": 60},
     ),
     ("get_index", ("handbook",), {}, INDEX, "GET /v1/libraries/handbook/index", None),
     ("set_index", ("handbook", "flat"), {}, INDEX, "PUT /v1/libraries/handbook/index", {"type": "flat"}),
@@ -180,11 +205,13 @@ DELETIONS = [
     ("delete_library", ("handbook",), "DELETE /v1/libraries/handbook"),
     ("delete_document", ("handbook", "vacuum"), "DELETE /v1/libraries/handbook/documents/vacuum"),
     ("delete_chunk", ("handbook", "c"), "DELETE /v1/libraries/handbook/chunks/c"),
+    ("revoke_key", ("crawler",), "DELETE /v1/keys/crawler"),
 ]
 LISTS = [
     ("libraries", (), "/v1/libraries", LIBRARY),
     ("documents", ("handbook",), "/v1/libraries/handbook/documents", DOCUMENT),
     ("chunks", ("handbook", "vacuum"), "/v1/libraries/handbook/documents/vacuum/chunks", CHUNK),
+    ("keys", (), "/v1/keys", KEY),
 ]
 
 
@@ -201,7 +228,7 @@ async def test_a_call_asks_as_documented_and_gives_all_of_the_answer(
     given = msgspec.json.decode(msgspec.json.encode(result))
     assert {name: value for name, value in given.items() if name in answer} == {
         **answer,
-        **{name: value.replace("+00:00", "Z") for name, value in answer.items() if name.endswith("_at")},
+        **{name: value.replace("+00:00", "Z") for name, value in answer.items() if value and name.endswith("_at")},
     }
 
 
@@ -232,6 +259,12 @@ async def test_a_list_goes_on_until_there_is_no_next_page(connect, method, args,
         {"limit": "2", "after": "a b/="},
         {"limit": "2", "after": "2"},
     ]
+
+
+async def test_revoked_keys_are_listed_when_they_are_asked_for(connect):
+    script = Script(ok({"items": [KEY], "next": None}))
+    assert [key.name for key in await connect(script).keys(revoked=True)] == ["crawler"]
+    assert script.asked == ["GET /v1/keys?revoked=true"]
 
 
 async def test_documents_that_match_come_page_by_page(connect):

@@ -1,0 +1,156 @@
+"""What authorisation costs a search: the same searches over HTTP, with keys and without, one after the other in turn.
+
+Two services of one process each share a database; one asks for a key, the other does not. Medians, and their ratio. On
+a busy machine the last column says more: the stages that the second service timed itself, `auth` against all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import psycopg
+from psycopg.types.json import Jsonb
+
+from pgshelf import credentials, embedded, migrate
+
+LIMIT = 1.10
+DIMENSION = 256
+PORT = 18432
+
+
+def main() -> None:
+    """Fill a library, serve it twice, ask both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chunks", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=1000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = embedded.start(Path(folder), 18)
+        try:
+            url = server.url()
+            migrate.upgrade(url, warn=False)
+            keys = fill(url, options.chunks)
+            with serving(url, PORT, "off") as without, serving(url, PORT + 1, "on") as asked:
+                measure(without, asked, keys, options.rounds)
+        finally:
+            server.stop()
+
+
+def fill(url: str, chunks: int) -> dict[str, str]:
+    """A library, and keys: one for all libraries, one for some by a pattern, a token of the latter."""
+    made = {name: credentials.mint() for name in ("key for all", "key for team-*")}
+    token = credentials.mint("token")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            """insert into pgshelf.libraries (name, dimension, embedder, chunking)
+            values ('team-docs', %s, %s, '{"size": 1200, "overlap": 0}')""",
+            [DIMENSION, Jsonb({"provider": "local", "dimension": DIMENSION})],
+        )
+        connection.execute(
+            """insert into pgshelf.documents (place, library_id, key, metadata)
+            select 1, l.id, 'd' || n, jsonb_build_object('year', 2000 + n %% 20)
+            from pgshelf.libraries l, generate_series(1, %s) n""",
+            [chunks // 10],
+        )
+        connection.execute(
+            """insert into pgshelf.chunks_s0 (shelf, place, library_id, document_id, ordinal, text, embedding, language)
+            select 0, 1, d.library_id, d.id, n, 'text about word' || (random() * 100)::int,
+              (select array_agg(random() - 0.5 + 0 * (n + length(d.key) + i)) from generate_series(1, %s) i)::vector,
+              'english'
+            from pgshelf.documents d, generate_series(1, 10) n""",
+            [DIMENSION],
+        )
+        for name, scope in (("key for all", None), ("key for team-*", ["team-*"])):
+            given = [name, "reader", scope, None, made[name].hash, made[name].hint]
+            connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
+        given = [made["key for team-*"].hash, token.hash, token.hint, "reader", ["team-docs"], "1 hour"]
+        connection.execute("select pgshelf.issue_token(%s, %s, %s, %s, %s, %s::interval)", given)
+        connection.execute("vacuum analyze")
+    return {name: each.secret for name, each in made.items()} | {"token": token.secret}
+
+
+@contextlib.contextmanager
+def serving(url: str, port: int, auth: str) -> Iterator[str]:
+    """A service of one process that asks for keys, or does not."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+    environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_AUTH": auth, "PGSHELF_WORKERS": "1"}
+    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port)}
+    command = [sys.executable, "-m", "pgshelf.cli", "serve"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{address}/ready").status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the service did not become ready")
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def measure(without: str, asked: str, keys: dict[str, str], rounds: int) -> None:
+    """Print the medians of each kind of search, and whether they keep the limit."""
+    random = np.random.default_rng(7)
+
+    def bodies(kind: str) -> dict[str, Any]:
+        vector = random.normal(size=DIMENSION).round(4).tolist()
+        filtered: dict[str, Any] = {"filter": {"year": {"$gte": 2010}}}
+        return {
+            "by vector": {"vector": vector},
+            "by vector, filtered": {"vector": vector, **filtered},
+            "by query (hybrid)": {"query": f"text about word{random.integers(100)}"},
+            "by query, filtered": {"query": f"text about word{random.integers(100)}", **filtered},
+        }[kind]
+
+    titles = f"{'without ms':>10} | {'with ms':>8} | {'ratio':>5} | under {LIMIT} | {'auth ms':>7} | its ratio"
+    print(f"| {'search':20} | {'credentials':14} | {titles} |")
+    for kind in ("by vector", "by vector, filtered", "by query (hybrid)", "by query, filtered"):
+        for name, secret in keys.items():
+            times: dict[str, list[float]] = {without: [], asked: []}
+            stages: list[tuple[float, float]] = []
+            headers = {"Authorization": f"Bearer {secret}"}
+            with httpx2.Client(headers=headers, timeout=30) as client:
+                for number in range(rounds + 20):
+                    body = bodies(kind)
+                    for address in (without, asked) if number % 2 else (asked, without):
+                        started = time.perf_counter()
+                        answer = client.post(f"{address}/v1/libraries/team-docs/search", json=body)
+                        spent = (time.perf_counter() - started) * 1000
+                        if answer.status_code != 200:
+                            raise SystemExit(f"{answer.status_code}: {answer.text}")
+                        if number >= 20:
+                            times[address].append(spent)
+                            if address == asked:
+                                stages.append(timed(answer.headers["server-timing"]))
+            before, after = statistics.median(times[without]), statistics.median(times[asked])
+            kept = "yes" if after / before <= LIMIT else "NO"
+            auth, total = (statistics.median(column) for column in zip(*stages, strict=True))
+            found = f"{before:10.2f} | {after:8.2f} | {after / before:5.2f} | {kept:>9} | {auth:7.2f}"
+            print(f"| {kind:20} | {name:14} | {found} | {total / (total - auth):9.2f} |")
+
+
+def timed(header: str) -> tuple[float, float]:
+    """The stage `auth` and the total of an answer, in milliseconds."""
+    stages = dict(part.split(";dur=") for part in header.split(", "))
+    return float(stages["auth"]), float(stages["total"])
+
+
+if __name__ == "__main__":
+    main()
