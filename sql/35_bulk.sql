@@ -3,9 +3,9 @@
 -- Inserts or replaces documents by their keys, no key twice; those without a key are new. Chunks come in arrays of their own: of which
 -- document (1 for the first) and at which place in it. Documents that are there are locked in the order of their ids, as every writer
 -- of several does, and new ones are inserted in the order of their keys, so that two such writes cannot deadlock. Their times of
--- creation are a microsecond apart, so that a listing, and an export, has them in the order they came in.
+-- creation are microseconds apart, as p_places says, so that a listing, and an export, has them in the order they came in.
 create or replace function pgshelf.write_documents(
-  p_library uuid, p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
+  p_library uuid, p_places int[], p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
   p_of int[], p_ordinals int[], p_texts text[], p_embeddings @vector@.vector[], p_chunk_metadata jsonb[])
   returns table (n int, document_id uuid, created boolean, pending int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
@@ -20,15 +20,15 @@ declare
 begin
   perform 1 from pgshelf.documents d where d.library_id = p_library and d.key = any (p_keys) order by d.id for no key update;
   with given as materialized (
-    select u.n, gen_random_uuid() as id, u.key, u.title, u.source, u.metadata
-    from unnest(p_keys, p_titles, p_sources, p_metadata) with ordinality u(key, title, source, metadata, n)),
+    select u.n, gen_random_uuid() as id, now() + u.place * interval '1 microsecond' as moment, u.key, u.title, u.source, u.metadata
+    from unnest(p_places, p_keys, p_titles, p_sources, p_metadata) with ordinality u(place, key, title, source, metadata, n)),
   hashed as (
     select u.n, sha256(convert_to(array_to_json(array_agg(u.text order by u.ordinal))::text, 'UTF8')) as hash
     from unnest(p_of, p_ordinals, p_texts) u(n, ordinal, text) group by u.n),
   written as (
     insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata, content_hash, created_at, updated_at)
     select pgshelf.place_of(p_library, g.id, v_library.fanout), p_library, g.id, g.key, g.title, g.source, g.metadata,
-      coalesce(h.hash, sha256('[]')), now() + g.n * interval '1 microsecond', now() + g.n * interval '1 microsecond'
+      coalesce(h.hash, sha256('[]')), g.moment, g.moment
     from given g left join hashed h on h.n = g.n order by g.key, g.n
     on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
       metadata = excluded.metadata, content_hash = excluded.content_hash, version = d.version + 1, updated_at = now()

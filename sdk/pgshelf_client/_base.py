@@ -21,6 +21,7 @@ from .types import (
     Changes,
     Chunk,
     Document,
+    DocumentResults,
     EventTaken,
     ExportedDocument,
     FacetsResult,
@@ -66,6 +67,7 @@ class Retried(msgspec.Struct, frozen=True):
 CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
+DOCUMENT_RESULTS = msgspec.json.Decoder(DocumentResults)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
 INDEX = msgspec.json.Decoder(Index)
 EVENT_TAKEN = msgspec.json.Decoder(EventTaken)

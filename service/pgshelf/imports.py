@@ -83,7 +83,7 @@ class ImportBatch(msgspec.Struct, omit_defaults=True):
 class ImportDone(msgspec.Struct, kw_only=True):
     """The last line of an import that came to its end."""
 
-    done: bool = True
+    done: Annotated[bool, Meta(description="True.")] = True
     lines: Annotated[int, Meta(description="All of them, empty ones included.")]
     skipped: Annotated[int, Meta(description="Lines that were committed under this Idempotency-Key before.")]
     created: Annotated[int, Meta(description="Documents that are new.")]
@@ -272,7 +272,7 @@ class Import:
         part.last, part.checksum = self.lines.number, self.lines.checksum
         if line is not None and not line.strip():
             return
-        item = bulk.Item(part.last)
+        item = bulk.Item(part.last - part.first)
         part.items.append(item)
         try:
             if line is None:
@@ -309,7 +309,11 @@ class Import:
         self._tell(self._result(part))
 
     def _result(self, part: Part) -> ImportBatch:
-        failed = [ImportFailure(item.place, bulk.told(item.problem), item.key) for item in part.items if item.problem]
+        failed = [
+            ImportFailure(part.first + item.place, bulk.told(item.problem), item.key)
+            for item in part.items
+            if item.problem
+        ]
         written = [item for item in part.items if item.problem is None]
         created = sum(item.created for item in written)
         pending = sum(item.pending > 0 for item in written)
@@ -369,7 +373,12 @@ async def unpacked(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     request_max_body_size=None,
     media_type=NDJSON,
     responses={
-        200: ResponseSpec(ImportBatch, generate_examples=False, media_type=NDJSON, description="See `ImportDone` too"),
+        200: ResponseSpec(
+            ImportBatch,
+            generate_examples=False,
+            media_type=NDJSON,
+            description="A line for each batch, and an `ImportDone` or `ImportError`",
+        ),
         **problems(404, 409, 413, 415),
     },
     summary="Import documents",
