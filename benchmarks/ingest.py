@@ -105,9 +105,8 @@ def import_all(address: str, chunks: int, dimension: int, library: str) -> None:
         if result.created != chunks // PER_DOCUMENT:
             raise SystemExit(f"not everything was imported: {result}")
         while True:
-            index = client.get_index(library)
-            stats = client.library_stats(library) if index.state == "ready" else None
-            if stats and index.actual["type"] == "hnsw" and stats.pending == 0:
+            index = client.get_index(library)  # statistics would count all rows each time
+            if index.state == "ready" and index.actual["type"] == "hnsw":
                 break
             time.sleep(DONE)
         print(json.dumps([imported, time.perf_counter() - started, peak(os.getpid())]))

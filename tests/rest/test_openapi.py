@@ -76,7 +76,7 @@ async def test_examples_work_as_they_stand(client: httpx2.AsyncClient, database_
                 path = path.replace("{" + parameter["name"] + "}", quote(value, safe=""))
         body = example(described, item) if "requestBody" in item else None
         if body and LINES in item["requestBody"]["content"]:
-            sent = {"content": json.dumps(body).encode() + b"\n", "headers": {"Content-Type": LINES}}
+            sent: dict[str, Any] = {"content": json.dumps(body).encode() + b"\n", "headers": {"Content-Type": LINES}}
             response = await client.request(method.upper(), path, **sent)
         else:
             response = await client.request(method.upper(), path, json=body)

@@ -498,7 +498,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in LISTS),
         "changes",
         *("query_documents", "count_documents", "update_documents", "delete_documents"),
-        *("import_documents", "export_documents", "export_lines", "retry_embeddings"),
+        *("add_documents", "import_documents", "export_documents", "export_lines", "retry_embeddings"),
     } == {*signatures(Client)}
 
 
