@@ -169,7 +169,7 @@ def script(url: str, library: str, chunks: int, dimension: int, vectors: Any = N
                 empty = Jsonb({})
                 for number, document in enumerate(documents(chunks, dimension)):
                     document_id = uuid.UUID(int=number + 1)
-                    for ordinal, chunk in enumerate(document["chunks"]):
+                    for ordinal, chunk in enumerate(document["chunks"] or ()):
                         vector = chunk["embedding"] if vectors is None else vectors[place]
                         place += 1
                         given = (shelf, 1, library_id, document_id, ordinal, chunk["text"], empty, vector, "english")
@@ -193,7 +193,7 @@ def embedding(chunks: int) -> tuple[float, Any]:
 
     embedder = embedder_for(Settings(), {"provider": "local"})
     asyncio.run(embedder.embed(["warm"], "document"))
-    texts = [chunk["text"] for document in documents(chunks, 0) for chunk in document["chunks"]]
+    texts = [chunk["text"] for document in documents(chunks, 0) for chunk in document["chunks"] or ()]
     started = time.perf_counter()
     parts = [asyncio.run(embedder.embed(texts[at : at + 500], "document")) for at in range(0, len(texts), 500)]
     return time.perf_counter() - started, np.concatenate(parts)

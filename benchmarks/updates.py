@@ -1,4 +1,4 @@
-"""New vectors for chunks that are there: changed in place, and their documents deleted and inserted again, side by side.
+"""New vectors for chunks that are there: changed in place, and their documents written anew, side by side.
 
 A PATCH of a chunk's embedding is one UPDATE, which is to be at least 2 times faster than taking its document away and
 writing it anew. In a library with an hnsw index, documents of ten chunks, one of which gets a new vector; through the

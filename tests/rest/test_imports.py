@@ -338,7 +338,11 @@ async def test_export_import_export(client: httpx2.AsyncClient) -> None:
             {"text": f'text "{n}"\n\\ é \u2028', "embedding": v, "metadata": {"p": n} if n % 2 else {}}
             for n, v in enumerate(vectors)
         ]
-        about = {"title": "ti\tle", "source": "s", "metadata": {"x": [1, 2.5, None, {"y": "z"}], "b": number}}
+        about: dict[str, Any] = {
+            "title": "ti\tle",
+            "source": "s",
+            "metadata": {"x": [1, 2.5, None, {"y": "z"}], "b": number},
+        }
         await document(client, key, chunks=given, **(about if number % 2 else {}))
     first = (await client.get(EXPORT)).content
     assert len(first.splitlines()) == 25 and all(json.loads(line) for line in first.splitlines())
