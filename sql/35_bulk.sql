@@ -3,9 +3,9 @@
 -- Inserts or replaces documents by their keys, no key twice; those without a key are new. Chunks come in arrays of their own: of which
 -- document (1 for the first) and at which place in it. Documents that are there are locked in the order of their ids, as every writer
 -- of several does, and new ones are inserted in the order of their keys, so that two such writes cannot deadlock. Their times of
--- creation are a microsecond apart, so that a listing, and an export, has them in the order they came in.
+-- creation are microseconds apart, as p_places says, so that a listing, and an export, has them in the order they came in.
 create or replace function pgshelf.write_documents(
-  p_library uuid, p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
+  p_library uuid, p_places int[], p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
   p_of int[], p_ordinals int[], p_texts text[], p_embeddings @vector@.vector[], p_chunk_metadata jsonb[])
   returns table (n int, document_id uuid, created boolean, pending int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
@@ -20,15 +20,15 @@ declare
 begin
   perform 1 from pgshelf.documents d where d.library_id = p_library and d.key = any (p_keys) order by d.id for no key update;
   with given as materialized (
-    select u.n, gen_random_uuid() as id, u.key, u.title, u.source, u.metadata
-    from unnest(p_keys, p_titles, p_sources, p_metadata) with ordinality u(key, title, source, metadata, n)),
+    select u.n, gen_random_uuid() as id, now() + u.place * interval '1 microsecond' as moment, u.key, u.title, u.source, u.metadata
+    from unnest(p_places, p_keys, p_titles, p_sources, p_metadata) with ordinality u(place, key, title, source, metadata, n)),
   hashed as (
     select u.n, sha256(convert_to(array_to_json(array_agg(u.text order by u.ordinal))::text, 'UTF8')) as hash
     from unnest(p_of, p_ordinals, p_texts) u(n, ordinal, text) group by u.n),
   written as (
     insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata, content_hash, created_at, updated_at)
     select pgshelf.place_of(p_library, g.id, v_library.fanout), p_library, g.id, g.key, g.title, g.source, g.metadata,
-      coalesce(h.hash, sha256('[]')), now() + g.n * interval '1 microsecond', now() + g.n * interval '1 microsecond'
+      coalesce(h.hash, sha256('[]')), g.moment, g.moment
     from given g left join hashed h on h.n = g.n order by g.key, g.n
     on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
       metadata = excluded.metadata, content_hash = excluded.content_hash, version = d.version + 1, updated_at = now()
@@ -80,11 +80,11 @@ begin
   execute format($sql$
     with wanted as materialized (select d.id as document_id, u.ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata
       from unnest($3, $4, $5, $6, $7) u(n, ordinal, text, embedding, metadata) join unnest($2) with ordinality d(id, n) on d.n = u.n),
-    gone as (delete from %s c where c.library_id = $1 and c.document_id = any ($2) and not exists (select 1 from wanted w
+    gone as (delete from %1$s c where c.library_id = $1 and c.document_id = any ($2) and not exists (select 1 from wanted w
       where w.document_id = c.document_id and w.ordinal = c.ordinal and w.text = c.text and w.metadata = c.metadata
-        and c.embedding is not null and (w.embedding is null or w.embedding operator(@vector_ident@.=) c.embedding))
+        and c.embedding is not null and (w.embedding is null or w.embedding %2$s c.embedding))
       returning c::pgshelf.chunks as chunk)
-    select array_agg(gone.chunk) from gone $sql$, v_table)
+    select array_agg(gone.chunk) from gone $sql$, v_table, 'operator(@vector_ident@.=)')
     into v_old using p_library.id, p_documents, p_of, p_ordinals, p_texts, p_embeddings, p_metadata;
   execute format($sql$
     insert into %s (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding, language)

@@ -75,6 +75,8 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "changes_max_wait": ("0", 0.0, "-1"),
     "changes_readers": ("5", 5, "0"),
     "idempotency_retention": ("1", 1.0, "0"),
+    "import_batch": ("10", 10, "10001"),
+    "import_retention": ("60.5", 60.5, "0"),
     "promote_at": ("5000", 5000, "0"),
     "index_memory_bytes": ("134217728", 134217728, "1"),
     "max_rerank_candidates": ("20", 20, "1001"),

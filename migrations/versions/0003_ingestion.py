@@ -154,7 +154,7 @@ comment on column pgshelf.next_embeddings.error is 'Why there is none: the embed
 """
 
 IMPORTS = """
--- imports that run, and how far those with a name have come: a line number is committed with what the lines before it wrote
+-- imports that run, and how far those with a name have come: committed with what they wrote
 create table pgshelf.imports (
   id uuid not null default gen_random_uuid(),
   library_id uuid not null,

@@ -22,6 +22,7 @@ from .types import (
     Changes,
     Chunk,
     Document,
+    DocumentResult,
     EmbedderState,
     EventTaken,
     ExportedDocument,
@@ -336,6 +337,19 @@ class AsyncClient:
         path = ("libraries", library, "documents")
         call = self._routes.call("POST", *path, params={"wait": wait}, body=body)
         return await self._fetch(call, base.DOCUMENT)
+
+    async def add_documents(
+        self, library: Name, documents: Iterable[NewDocument], *, wait: bool | None = None
+    ) -> list[DocumentResult]:
+        """Store several documents in one request, in order; each has its result, and one that fails spoils no other.
+
+        A document is a mapping of what `add_document` takes. For more than about a hundred: `import_documents`.
+        """
+        empty: dict[str, Any] = {"title": None, "text": None, "chunks": None, "source": None, "metadata": None}
+        bodies = [base.new_document(**{**empty, **document}) for document in documents]
+        path = ("libraries", library, "documents", "batch")
+        call = self._routes.call("POST", *path, params={"wait": wait}, body={"documents": bodies})
+        return (await self._fetch(call, base.DOCUMENT_RESULTS)).results
 
     async def put_document(
         self,

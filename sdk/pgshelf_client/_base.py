@@ -21,6 +21,7 @@ from .types import (
     Changes,
     Chunk,
     Document,
+    DocumentResults,
     EmbedderState,
     EventTaken,
     ExportedDocument,
@@ -70,6 +71,7 @@ class Retried(msgspec.Struct, frozen=True):
 CHUNK = msgspec.json.Decoder(Chunk)
 CHUNKS = msgspec.json.Decoder(Page[Chunk])
 DOCUMENT = msgspec.json.Decoder(Document)
+DOCUMENT_RESULTS = msgspec.json.Decoder(DocumentResults)
 DOCUMENTS = msgspec.json.Decoder(Page[Document])
 EMBEDDER = msgspec.json.Decoder(EmbedderState)
 INDEX = msgspec.json.Decoder(Index)

@@ -19,6 +19,9 @@ __all__ = [
     "ChunkCounts",
     "Chunking",
     "Document",
+    "DocumentFailure",
+    "DocumentResult",
+    "DocumentResults",
     "DocumentSummary",
     "Embedder",
     "EmbedderState",
@@ -358,6 +361,33 @@ class SearchFailure(Answer, frozen=True):
     status: int
     code: str = ""
     detail: str = ""
+
+
+class DocumentFailure(Answer, frozen=True):
+    """Why one document of several was not stored: what its `ApiError` would have carried, had it been sent alone."""
+
+    status: int
+    code: str = ""
+    detail: str = ""
+    errors: tuple[FieldError, ...] = ()
+
+
+class DocumentResult(Answer, frozen=True):
+    """What became of one document of several: its `status` is the one that it would have had alone.
+
+    201 created, 200 replaced, 202 stored while chunks wait for their vectors; else `id` is None and `error` says why.
+    """
+
+    status: int
+    id: uuid.UUID | None = None
+    key: str | None = None
+    error: DocumentFailure | None = None
+
+
+class DocumentResults(Answer, frozen=True):
+    """What became of several documents, in their order."""
+
+    results: list[DocumentResult]
 
 
 class BatchItem(Answer, frozen=True):

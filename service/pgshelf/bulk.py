@@ -21,7 +21,7 @@ from pgshelf.settings import Settings
 
 # arrays go in binary (%b): as text they take many times as long
 WRITE = """select n, document_id, created, pending
-from pgshelf.write_documents(pgshelf.embedded_with(%s, %s), %b::text[], %b::text[], %b::text[],
+from pgshelf.write_documents(pgshelf.embedded_with(%s, %s), %b::int[], %b::text[], %b::text[], %b::text[],
 %b::jsonb[], %b::int[], %b::int[], %b::text[], %b, %b::jsonb[])"""
 REFUSED = "select n, state, message, hint from pgshelf.refused_documents(%s, %b::text[], %b::int[], %b::int[], %b)"
 VECTOR_STATES = {"PS010", "PS011", "PS012", "PS013"}
@@ -51,7 +51,7 @@ def told(problem: Problem) -> DocumentProblem:
 
 
 class Item(msgspec.Struct):
-    """One document of many: its place among them, and what became of it."""
+    """One document of many: its place among those that are written together, and what became of it."""
 
     place: int
     key: str | None = None
@@ -152,7 +152,7 @@ async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequ
             return
         refused = []
         if problem.sqlstate in VECTOR_STATES:
-            keys, _, _, _, of, ordinals, _, vectors, _ = columns
+            _, keys, _, _, _, of, ordinals, _, vectors, _ = columns
             refused = await database.rows(connection, REFUSED, config.id, keys, of, ordinals, vectors)
         for n, state, message, hint in refused:
             items[n - 1].refuse(problem_of_state(state, message, hint))
@@ -170,6 +170,7 @@ def _columns(items: Sequence[Item]) -> tuple[list[Any] | None, ...]:
     documents = [item.prepared for item in items if item.prepared]
     vectors = [vector for document in documents for vector in document.vectors]
     return (
+        [item.place for item in items],
         [document.key for document in documents],
         [document.title for document in documents],
         [document.source for document in documents],

@@ -31,6 +31,7 @@ log = logging.getLogger("pgshelf.imports")
 LEASE = timedelta(seconds=15)
 BEAT = 5.0  # seconds between two renewals of the lease
 BATCH_BYTES = 4 * 1024 * 1024  # of lines in one batch; what is made of them may be twice as much
+BATCH_CHUNKS = 2000  # in one batch: some tenths of a second
 PAUSE = 1.0  # seconds without a line after which what has come is committed
 SHORT, LONG = 0.5, 2.0  # seconds; a batch that takes longer is followed by a smaller one
 PIECE = 256 * 1024  # bytes that are unpacked at a time
@@ -83,7 +84,7 @@ class ImportBatch(msgspec.Struct, omit_defaults=True):
 class ImportDone(msgspec.Struct, kw_only=True):
     """The last line of an import that came to its end."""
 
-    done: bool = True
+    done: Annotated[bool, Meta(description="True.")] = True
     lines: Annotated[int, Meta(description="All of them, empty ones included.")]
     skipped: Annotated[int, Meta(description="Lines that were committed under this Idempotency-Key before.")]
     created: Annotated[int, Meta(description="Documents that are new.")]
@@ -142,6 +143,7 @@ class Part(msgspec.Struct):
     first: int
     last: int
     size: int = 0
+    chunks: int = 0
     checksum: int = 0
     items: list[bulk.Item] = []
 
@@ -244,7 +246,7 @@ class Import:
                         self._check_skipped()
                         continue
                     await self._add(part, line)
-                    if part.last - part.first + 1 >= self.size or part.size >= BATCH_BYTES:
+                    if self._full(part):
                         yield part
                         part = Part(part.last + 1, part.last, items=[])
                 if not data:
@@ -257,6 +259,9 @@ class Import:
             if reading:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
+
+    def _full(self, part: Part) -> bool:
+        return part.last - part.first + 1 >= self.size or part.size >= BATCH_BYTES or part.chunks >= BATCH_CHUNKS
 
     def _check_skipped(self) -> None:
         if self.lines.number == self.skipped and self.lines.checksum != self.checksum:
@@ -272,7 +277,7 @@ class Import:
         part.last, part.checksum = self.lines.number, self.lines.checksum
         if line is not None and not line.strip():
             return
-        item = bulk.Item(part.last)
+        item = bulk.Item(part.last - part.first)
         part.items.append(item)
         try:
             if line is None:
@@ -282,6 +287,7 @@ class Import:
             document = _decoded(line)
             item.key = document.key
             item.prepared = await checked(self.library, self.settings, document)
+            part.chunks += len(item.prepared.texts)
         except Exception as error:
             problem = problem_of(error)
             if problem.status not in bulk.OWN_STATUSES:
@@ -303,7 +309,8 @@ class Import:
                 await bulk.embed_new(self.engine, self.settings, self.library, part.items)
             await database.retried(self.engine, write)
 
-        going_on = "select pgshelf.continue_import(%s, %s, %s, %s, %s)"
+        # a batch is bounded, so it may take what it takes: rows go slowly into an index that is there
+        going_on = "select set_config('statement_timeout', '0', true), pgshelf.continue_import(%s, %s, %s, %s, %s)"
 
         async def write(connection: AsyncConnection) -> None:
             await database.rows(connection, going_on, self.id, self.runner, LEASE, part.last, part.checksum)
@@ -319,7 +326,11 @@ class Import:
         self._tell(self._result(part))
 
     def _result(self, part: Part) -> ImportBatch:
-        failed = [ImportFailure(item.place, bulk.told(item.problem), item.key) for item in part.items if item.problem]
+        failed = [
+            ImportFailure(part.first + item.place, bulk.told(item.problem), item.key)
+            for item in part.items
+            if item.problem
+        ]
         written = [item for item in part.items if item.problem is None]
         created = sum(item.created for item in written)
         pending = sum(item.pending > 0 for item in written)
@@ -379,7 +390,12 @@ async def unpacked(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     request_max_body_size=None,
     media_type=NDJSON,
     responses={
-        200: ResponseSpec(ImportBatch, generate_examples=False, media_type=NDJSON, description="See `ImportDone` too"),
+        200: ResponseSpec(
+            ImportBatch,
+            generate_examples=False,
+            media_type=NDJSON,
+            description="A line for each batch, and an `ImportDone` or `ImportError`",
+        ),
         **problems(404, 409, 413, 415),
     },
     summary="Import documents",

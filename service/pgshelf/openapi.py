@@ -28,7 +28,7 @@ from pgshelf.errors import CODES, RETRY_AFTER
 from pgshelf.events import EventInput, EventTaken
 from pgshelf.facets import FacetsAnswer, FacetsRequest
 from pgshelf.health import Health, Ready
-from pgshelf.http import Page, ProblemBody
+from pgshelf.http import NDJSON, Page, ProblemBody
 from pgshelf.imports import ImportBatch, ImportDone, ImportError
 from pgshelf.index_choice import IndexChoice
 from pgshelf.indexes import Index
@@ -345,7 +345,11 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             if parameter["in"] == "path":
                 parameter["example"] = PATHS[parameter["name"]]
             parameter["description"] = PARAMETERS.get(parameter["name"], parameter["description"])
-        if "requestBody" in operation:
+        if operation["operationId"] == "importDocuments":
+            schema = {"$ref": "#/components/schemas/DocumentInput"}
+            text = "A stream of any length, a document in each line; packed by gzip where Content-Encoding says so."
+            operation["requestBody"] = {"description": text, "required": True, "content": {NDJSON: {"schema": schema}}}
+        elif "requestBody" in operation:
             operation["requestBody"]["description"] = SENT_AS
         for status, response in operation["responses"].items():
             names = ["X-Request-Id", "Server-Timing"]
@@ -376,6 +380,8 @@ def _schemas() -> dict[str, Any]:
     for name, schema in schemas.items():
         for field, text in SHARED.get(name.partition("_")[0], {}).items():
             schema["properties"][field]["description"] = text
+    # not decoded with all of them, so that one of a wrong form spoils no other
+    schemas["AddDocuments"]["properties"]["documents"]["items"] = {"$ref": "#/components/schemas/DocumentInput"}
     schemas["ProblemBody"]["properties"]["code"]["enum"] = sorted(CODES)
     return schemas
 

@@ -115,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_offset: Annotated[int, Meta(ge=0, le=1_000_000)] = 10_000
     max_batch: Annotated[int, Meta(ge=1, le=10_000)] = 100
     import_batch: Annotated[int, Meta(ge=1, le=10_000)] = 500
-    import_retention: Annotated[float, Meta(gt=0)] = 7 * 86_400.0
+    import_retention: Annotated[float, Meta(gt=0)] = 168.0
     max_page: Annotated[int, Meta(ge=1, le=10_000)] = 1000
     max_rerank_candidates: Annotated[int, Meta(ge=1, le=1000)] = 100
 

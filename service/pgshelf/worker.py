@@ -20,6 +20,7 @@ from pgshelf.settings import Settings
 log = logging.getLogger("pgshelf.worker")
 STAMP = "select pgshelf.stamp_all_changes()"
 PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
+FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
 TIDY = 60.0  # seconds between two times
 Step = Callable[[AsyncEngine, Settings], Awaitable[Any]]
@@ -43,13 +44,7 @@ async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
     return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
 
 
-async def forget_imports(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget imports that ended long ago."""
-    after = timedelta(seconds=settings.import_retention)
-    return int((await database.run(engine, "select pgshelf.forget_imports(%s)", after))[0][0])
-
-
-OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict, forget_imports)
+OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict)
 
 
 async def reconcile(
@@ -77,10 +72,11 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
 
 
 async def tidy(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget a batch of changes and of stored answers that are old enough; returns how many."""
+    """Forget a batch of changes, of stored answers and of imports that are old enough; returns how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
-    return int(changes[0][0]) + int(answers[0][0])
+    imports = await database.run(engine, FORGET_IMPORTS, timedelta(hours=settings.import_retention))
+    return int(changes[0][0]) + int(answers[0][0]) + int(imports[0][0])
 
 
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from pgshelf import bulk, imports
+from pgshelf import database, imports
 from tests.conftest import LiveServer, MakeClient, MakeSettings
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
@@ -99,13 +99,13 @@ async def test_a_file_for_another_library_is_refused_at_once(
     """Not document by document: two statements tell of all of them."""
     await library(client)
     statements: list[str] = []
-    rows = bulk.database.rows
+    rows = database.rows
 
     async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         statements.append(statement)
         return await rows(connection, statement, *parameters)
 
-    monkeypatch.setattr(bulk.database, "rows", counted)
+    monkeypatch.setattr(database, "rows", counted)
     found = await send(client, lines(*[entry(f"k{n}", [1.0]) for n in range(200)]))
     assert found[-1]["failed"] == 200
     assert sum("write_documents" in statement or "refused" in statement for statement in statements) == 2
@@ -264,7 +264,8 @@ async def test_results_come_while_the_body_is_still_sent(live_server: LiveServer
         found = await send(client, slow())
         assert found[-1] == done(lines=3000, created=3000) and len(found) > 5
         reader, writer = await asyncio.open_connection("127.0.0.1", live_server.port)
-        head = f"POST {IMPORT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = f"POST {IMPORT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n"
+        head += "Transfer-Encoding: chunked\r\n\r\n"
         first = lines(entry("first"))
         writer.write(head.encode() + b"%x\r\n%s\r\n" % (len(first), first))
         await writer.drain()
@@ -337,7 +338,11 @@ async def test_export_import_export(client: httpx2.AsyncClient) -> None:
             {"text": f'text "{n}"\n\\ é \u2028', "embedding": v, "metadata": {"p": n} if n % 2 else {}}
             for n, v in enumerate(vectors)
         ]
-        about = {"title": "ti\tle", "source": "s", "metadata": {"x": [1, 2.5, None, {"y": "z"}], "b": number}}
+        about: dict[str, Any] = {
+            "title": "ti\tle",
+            "source": "s",
+            "metadata": {"x": [1, 2.5, None, {"y": "z"}], "b": number},
+        }
         await document(client, key, chunks=given, **(about if number % 2 else {}))
     first = (await client.get(EXPORT)).content
     assert len(first.splitlines()) == 25 and all(json.loads(line) for line in first.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -14,12 +15,14 @@ from pgshelf.embedders import PROVIDERS
 from pgshelf.errors import CODES, RETRY_AFTER
 from tests.rest.asking import chunks, key, ok
 
+LINES = "application/x-ndjson"
 ORDER = [  # each needs what those before it made
     "health", "ready", "createLibrary", "listLibraries", "getLibrary", "putDocument", "addDocument", "addEvent",
     "listDocuments", "listChanges", "getDocument", "updateDocument", "listChunks", "updateChunk", "getChunk",
     "search", "searchBatch", "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex",
     "getEmbedder", "putEmbedder", "cancelEmbedder",
-    "queryDocuments", "facets", "updateDocuments", "retryEmbeddings", "deleteDocuments", "deleteChunk",
+    "queryDocuments", "facets", "addDocuments", "importDocuments", "exportDocuments", "updateDocuments",
+    "retryEmbeddings", "deleteDocuments", "deleteChunk",
     "deleteDocument", "deleteLibrary",
     "createToken", "createKey", "listKeys", "getKey", "rotateKey", "revokeKey",
 ]  # fmt: skip
@@ -50,7 +53,7 @@ def component(media: dict[str, Any]) -> str:
 
 
 def example(document: dict[str, Any], operation: dict[str, Any]) -> Any:
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    [schema, *_] = [media["schema"] for media in operation["requestBody"]["content"].values()]
     return document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["examples"][0]
 
 
@@ -76,12 +79,20 @@ async def test_examples_work_as_they_stand(client: httpx2.AsyncClient, database_
                 value = chunk if parameter["name"] == "chunk" else parameter["example"]
                 path = path.replace("{" + parameter["name"] + "}", quote(value, safe=""))
         body = example(described, item) if "requestBody" in item else None
-        response = await client.request(method.upper(), path, json=body)
+        if body and LINES in item["requestBody"]["content"]:
+            sent: dict[str, Any] = {"content": json.dumps(body).encode() + b"\n", "headers": {"Content-Type": LINES}}
+            response = await client.request(method.upper(), path, **sent)
+        else:
+            response = await client.request(method.upper(), path, json=body)
         assert response.is_success, (name, response.text)
         said = item["responses"][str(response.status_code)]
         assert {header.lower() for header in said["headers"]} <= set(response.headers), name
         assert {"etag", "location"} & set(response.headers) <= {header.lower() for header in said["headers"]}, name
-        if response.content:
+        if LINES in said.get("content", {}):
+            first, *_, last = map(json.loads, response.content.splitlines())
+            check(described, component(said["content"][LINES]), first)
+            check(described, "ImportDone" if name == "importDocuments" else "DocumentInput", last)
+        elif response.content:
             check(described, component(said["content"]["application/json"]), response.json())
         if name == "listChunks":
             chunk = response.json()["items"][0]["id"]
@@ -111,6 +122,7 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
     answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken", "Changes", "Change", "Retried"}
     answers |= {"Key", "NewKey", "Token"}
+    answers |= {"DocumentResults", "ImportBatch", "ImportDone", "ImportError"}
     assert answers <= {name for name in schemas if "examples" in schemas[name]}
     for name, schema in schemas.items():
         for value in schema.get("examples", []):
@@ -129,13 +141,13 @@ async def test_what_answers_may_say_is_listed(client: httpx2.AsyncClient) -> Non
 async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.AsyncClient) -> None:
     described = await document(client)
     for name, (_, _, item) in operations(described).items():
-        assert "MessagePack" in item.get("requestBody", {"description": "MessagePack"})["description"], name
+        said = "a document in each line" if name == "importDocuments" else "MessagePack"
+        assert said in item.get("requestBody", {"description": said})["description"], name
         for status, response in item["responses"].items():
             if int(status) < 300 and status != "204":
-                assert set(response["content"]) - {"text/event-stream"} == {
-                    "application/json",
-                    "application/msgpack",
-                }, (name, status)
+                either = {"application/json", "application/msgpack"}
+                expected = {LINES} if name in ("importDocuments", "exportDocuments") else either
+                assert set(response["content"]) - {"text/event-stream"} == expected, (name, status)
     response = await client.get("/v1/libraries", headers={"Accept": "application/msgpack"})
     assert response.headers["content-type"] == "application/msgpack"
     check(described, "Page_Library_", msgspec.msgpack.decode(response.content))
@@ -159,6 +171,7 @@ async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
         "CreateKey",
         "RotateKey",
         "CreateToken",
+        "AddDocuments",
     ):
         assert schemas[name]["additionalProperties"] is False, name
     search = schemas["SearchRequest"]

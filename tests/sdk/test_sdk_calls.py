@@ -454,6 +454,18 @@ async def test_answers_are_typed(connect):
         result.hits[0].score = 1.0
 
 
+async def test_several_documents_have_a_result_each(connect):
+    error = {"status": 422, "code": "wrong_dimension", "detail": "It has 3.", "errors": [{"path": "p", "message": "m"}]}
+    answer = {"results": [{"status": 201, "id": str(uuid.UUID(int=1)), "key": "a"}, {"status": 422, "error": error}]}
+    script = Script(ok(answer))
+    given = [{"key": "a", "text": "t"}, {"chunks": [{"text": "x", "embedding": [1, 0.5]}]}]
+    good, bad = await connect(script).add_documents("handbook", given, wait=False)
+    assert (good.status, good.id, good.key, good.error) == (201, uuid.UUID(int=1), "a", None)
+    assert (bad.id, bad.error.code, bad.error.errors[0].path) == (None, "wrong_dimension", "p")
+    assert script.asked == ["POST /v1/libraries/handbook/documents/batch?wait=false"]
+    assert script.body == {"documents": [given[0], {"chunks": [{"text": "x", "embedding": "AACAPwAAAD8="}]}]}
+
+
 async def test_a_hit_without_what_was_not_included_says_none(connect):
     bare = {name: HIT[name] for name in ("chunk_id", "document_id", "key", "ordinal", "score", "distance")}
     result = await connect(Script(ok({"hits": [bare], "took_ms": 1}))).search("handbook", "rows", include=[])
@@ -538,7 +550,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in LISTS),
         "changes",
         *("query_documents", "count_documents", "update_documents", "delete_documents"),
-        *("import_documents", "export_documents", "export_lines", "retry_embeddings"),
+        *("add_documents", "import_documents", "export_documents", "export_lines", "retry_embeddings"),
     } == {*signatures(Client)}
 
 
