@@ -541,6 +541,19 @@ async def test_the_refusal_of_an_old_text_is_no_refusal_of_the_new_one(
     assert statuses(db) == {"good": "ready"}
 
 
+async def test_vectors_of_an_embedder_that_is_replaced_meanwhile_are_made_anew_at_once(
+    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+) -> None:
+    make_library(db)
+    put(db, "a", ["one"])
+    change = """update pgshelf.libraries set embedder = embedder || '{"model": "other"}'"""
+    await during_embedding(engine, quiet, fake, lambda: db.execute(change))
+    assert statuses(db) == {"one": "pending"}
+    assert await worker.embed_pending(engine, quiet), "it waits for the lease"
+    assert statuses(db) == {"one": "ready"}
+    assert fake.texts == {"one": 2}
+
+
 async def test_a_document_deleted_while_it_is_embedded_stays_gone(
     db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
 ) -> None:

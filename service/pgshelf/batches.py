@@ -108,8 +108,11 @@ class Batch:
                 if problem.status == 422 and isinstance(error, psycopg.Error):  # vectors that do not fit
                     await self._fail(rest, str(error.diag.message_primary))
                     return
-                changed = isinstance(error, psycopg.Error) and error.sqlstate == EMBEDDER_CHANGED
-                if changed or problem.status != 503 or loop.time() > until:
+                if isinstance(error, psycopg.Error) and error.sqlstate == EMBEDDER_CHANGED:
+                    await self._lease(0)  # the next batch asks the new one
+                    self._rest = []
+                    return
+                if problem.status != 503 or loop.time() > until:
                     raise
                 log.warning("%d vectors wait to be stored: %s", len(rest), error)
             await asyncio.sleep(_jittered(pause))
