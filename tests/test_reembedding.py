@@ -32,7 +32,7 @@ SMALLER = {"provider": "test", "model": "new", "dimension": 8}
 class Maker:
     """An embedder whose vectors tell who made them of what; it counts the texts, and fails when told."""
 
-    provider, remote, batch = "test", True, 8
+    provider, cached, batch = "test", False, 8
     options: Mapping[str, Any] = {}
 
     def __init__(self, model: str, dimension: int) -> None:
@@ -906,6 +906,11 @@ async def test_an_index_that_the_new_dimension_cannot_have(
 ) -> None:
     client, _ = rest
     monkeypatch.setattr(embedder_choice, "PROVIDERS", ("test",))
+
+    async def settled(_: Settings, choice: Mapping[str, Any]) -> Maker:
+        return makers(choice)
+
+    monkeypatch.setattr(embedding, "settled", settled)
     address = "/v1/libraries/notes/embedder"
     make_library(db, {"provider": "none", "dimension": 3}, name="points")
     db.execute("update pgshelf.libraries set metric = 'l2', index = '{\"type\": \"kdtree\"}' where name = 'points'")
