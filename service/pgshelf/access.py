@@ -78,6 +78,7 @@ RULES: dict[str, Rule] = {
     "importDocuments": WRITE,
     "exportDocuments": READ,
     "addEvent": WRITE,
+    "retryEmbeddings": WRITE,
     "listChanges": READ,
     "metrics": Rule("reader", everything=True),  # it names libraries
     "createKey": KEYS,

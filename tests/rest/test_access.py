@@ -35,7 +35,7 @@ MATRIX = {
     "search": ("reader", "path"), "searchBatch": ("reader", "path"), "facets": ("reader", "path"),
     "searchLibraries": ("reader", "body"),
     "addDocuments": ("writer", "path"), "importDocuments": ("writer", "path"), "exportDocuments": ("reader", "path"),
-    "addEvent": ("writer", "path"), "listChanges": ("reader", "path"),
+    "addEvent": ("writer", "path"), "retryEmbeddings": ("writer", "path"), "listChanges": ("reader", "path"),
     "createKey": ("admin", "all"), "listKeys": ("admin", "all"), "getKey": ("admin", "all"),
     "revokeKey": ("admin", "all"), "rotateKey": ("admin", "all"),
     "createToken": ("reader", ""),
