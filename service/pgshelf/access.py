@@ -57,6 +57,9 @@ RULES: dict[str, Rule] = {
     "libraryStats": READ,
     "getIndex": READ,
     "putIndex": MANAGE,
+    "getEmbedder": READ,
+    "putEmbedder": MANAGE,
+    "cancelEmbedder": MANAGE,
     "addDocument": WRITE,
     "putDocument": WRITE,
     "listDocuments": READ,
@@ -78,6 +81,7 @@ RULES: dict[str, Rule] = {
     "importDocuments": WRITE,
     "exportDocuments": READ,
     "addEvent": WRITE,
+    "retryEmbeddings": WRITE,
     "listChanges": READ,
     "metrics": Rule("reader", everything=True),  # it names libraries
     "createKey": KEYS,

