@@ -162,7 +162,8 @@ class Databases:
         if self._template is None:
             self._template = self._migrate()
         template = urlsplit(self._template).path[1:]
-        return self._create("create database {} template {}", sql.Identifier(template))
+        # files, not WAL: five times faster where nothing is flushed
+        return self._create("create database {} template {} strategy file_copy", sql.Identifier(template))
 
     def drop(self, url: str) -> None:
         """Drop a database, whoever is still connected."""

@@ -426,7 +426,7 @@ def test_embedder_says_how_far_it_is(
         ([], {"PGSHELF_CHUNK_OVERLAP": "5000"}, "chunk_overlap must be smaller"),
         ([], {"PGSHELF_POSTGRES_VERSION": "17"}, "18 or 16"),
         (["--host", "0.0.0.0"], {}, "PGSHELF_ALLOW_UNAUTHENTICATED"),  # noqa: S104 - what is refused
-        (["--host", "shelf.example.com"], {}, "PGSHELF_ALLOW_UNAUTHENTICATED"),
+        (["--host", "shelf.example.com"], {"PGSHELF_AUTH": "off"}, "PGSHELF_ALLOW_UNAUTHENTICATED"),
         (["--host", "203.0.113.7"], {"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, "cannot listen on 203.0.113.7:8432"),
     ],
 )

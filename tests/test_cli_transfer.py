@@ -223,8 +223,9 @@ def test_a_file_that_cannot_be_read_ends_the_command(
 def stored(database_url: str) -> list[int]:
     """The numbers of the documents that are there."""
     with psycopg.connect(database_url) as connection:
-        rows = connection.execute("""select (metadata ->> 'n')::int from pgshelf.documents
-            where library_id = (select id from pgshelf.libraries where name = 'notes') order by 1""").fetchall()
+        rows = connection.execute("""select (d.metadata ->> 'n')::int from pgshelf.documents d
+            join pgshelf.libraries l on l.id = d.library_id
+            where l.name = 'notes' and l.deleted_at is null order by 1""").fetchall()
         return [number for (number,) in rows]
 
 

@@ -125,6 +125,7 @@ def test_tracebacks_show_no_values(capsys: pytest.CaptureFixture[str]) -> None:
     root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
     try:
         for form in ("console", "json"):
+            root.handlers.clear()
             logs.configure("info", form)
             secret = "sec" + "ret"
             try:

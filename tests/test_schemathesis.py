@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeLiveServer
+from tests.rest.asking import key
 
 HERE = Path(__file__).parent
 
@@ -19,14 +20,22 @@ def test_the_api_is_what_its_schema_says(
     live_server = make_live_server(
         database_url, PGSHELF_CHANGES_MAX_WAIT="0.1"
     )  # it asks for the longest wait there is
+    secret = key(database_url, "schemathesis", "admin")
     minutes = pytestconfig.getoption("--soak-minutes")
     budget = ["--max-time", str(int(minutes * 60))] if minutes else ["--max-examples", "5", "--max-time", "25"]
     seed = [] if minutes else ["--generation-deterministic"]
+    access = ["--header", f"Authorization: Bearer {secret}"]
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(HERE / "schemathesis.toml")]
     run = subprocess.run(
-        [*command, "run", f"{live_server.url}/schema", "--continue-on-failure", *budget, *seed],
+        [*command, "run", f"{live_server.url}/schema", "--continue-on-failure", *budget, *seed, *access],
         cwd=tmp_path,
-        env={"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "NO_COLOR": "1"},
+        env={
+            "PYTHONPATH": str(HERE),
+            "SCHEMATHESIS_HOOKS": "schemathesis_hooks",
+            "PYTHONHASHSEED": "0",
+            "PATH": "/usr/bin:/bin",
+            "NO_COLOR": "1",
+        },
         capture_output=True,
         text=True,
         timeout=minutes * 60 + 300,

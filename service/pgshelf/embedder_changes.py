@@ -65,7 +65,7 @@ async def get_embedder(library: LibraryName, engine: Engine) -> EmbedderState:
 @put(
     "/libraries/{library:str}/embedder",
     responses={202: ResponseSpec(EmbedderState, generate_examples=False, description="Accepted")}
-    | problems(404, 413, 415, 422),
+    | problems(404, 409, 413, 415, 422),
     response_description="It is so already",
     summary="Change the embedder of a library",
     operation_id="putEmbedder",
@@ -95,7 +95,7 @@ async def put_embedder(
 @delete(
     "/libraries/{library:str}/embedder",
     status_code=200,
-    responses=problems(404),
+    responses=problems(404, 409),
     response_description="The embedder that the library keeps",
     summary="Call off a change of the embedder",
     operation_id="cancelEmbedder",
