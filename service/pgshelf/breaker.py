@@ -1,7 +1,7 @@
 """A circuit breaker: a provider that keeps failing is left alone for a while, and whoever wants it is told so at once.
 
-The packages that were looked at do not fit: pybreaker and circuitbreaker know no waiting that grows and no single probe
-in asyncio, purgatory lets everybody in at once when its fixed wait is over, aiobreaker is no longer kept.
+The packages whose source was read do not fit: purgatory has a fixed wait and no single probe when it is over, pybreaker
+knows asynchronous code of Tornado only. The last release of aiobreaker is of 2021.
 """
 
 from __future__ import annotations
