@@ -4,7 +4,7 @@ Revision ID: 0004
 Revises: 0003
 """
 
-from pgshelf.migrate import run
+from pgshelf.migrate import clear_routines, run
 
 revision = "0004"
 down_revision = "0003"
@@ -52,35 +52,6 @@ comment on column pgshelf.key_secrets.role is 'Of a token: a role below that of 
 comment on column pgshelf.key_secrets.libraries is 'Of a token: what it sees of what its key sees; null: all of that.';
 """
 
-# Everything of sql/ goes, views before functions, all without cascade: whatever depends from outside refuses.
-DOWN = """
--- in the order of writers, who wait from here on
-lock table pgshelf.libraries, pgshelf.documents, pgshelf.chunks in access exclusive mode;
-do $$
-declare
-  v_name text;
-begin
-  for v_name in select c.oid::regclass from pg_class c
-    where c.relnamespace = 'pgshelf'::regnamespace and c.relkind = 'v' order by c.oid desc loop
-    execute 'drop view ' || v_name;
-  end loop;
-  for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace
-    and p.prorettype <> 'trigger'::regtype
-    and p.proname not in ('words', 'place_of', 'is_id', 'scoped', 'moment', 'num') order by p.oid desc loop
-    execute 'drop routine ' || v_name;
-  end loop;
-  for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace
-    and p.prorettype = 'trigger'::regtype loop
-    if exists (select 1 from pg_trigger t where t.tgfoid = v_name::regprocedure) then
-      execute format('create or replace function %s returns trigger language plpgsql as %L', v_name,
-        $s$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $s$);
-    else
-      execute 'drop function ' || v_name;
-    end if;
-  end loop;
-end $$;
-"""
-
 DOWN_KEYS = """
 drop table pgshelf.key_secrets;
 drop table pgshelf.keys;
@@ -92,5 +63,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    run(DOWN)
+    clear_routines()
     run(DOWN_KEYS)

@@ -88,6 +88,11 @@ def run(statements: str) -> None:
     _run(op.get_context(), statements)
 
 
+def clear_routines() -> None:
+    """The first step of a way down: take away what sql/ made, which may not fit the tables of an older revision."""
+    run((resource("migrations") / "clear_routines.sql").read_text())
+
+
 def _config(url: str | None, vector_schema: str, warn: bool = True) -> Config:
     config = Config()
     config.set_main_option("script_location", str(resource("migrations")).replace("%", "%%"))
