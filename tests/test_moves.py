@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import psycopg
 import pytest
 
-from pgshelf import embedded
+from pgshelf import embedded, imports
 from pgshelf.settings import Settings
 from tests.conftest import MakeClient, MakeSettings
 from tests.rest.asking import until
@@ -54,9 +54,10 @@ async def test_a_crash_that_takes_the_statistics_keeps_no_library_from_moving_ba
 
 @pytest.mark.parametrize("to", ["own", "shared"])
 async def test_an_import_goes_on_while_its_library_moves(
-    database_url: str, make_settings: MakeSettings, make_client: MakeClient, to: str
+    database_url: str, make_settings: MakeSettings, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     """At every step of the move the next lines are written: new documents, and one that replaces an older one."""
+    monkeypatch.setattr(imports, "PAUSE", 0.01)
     with psycopg.connect(database_url, autocommit=True) as db:
         library = make_library(db, index={"type": "hnsw" if to == "own" else "auto"})
         fill(db, library, vectors(PROMOTE_AT), per_document=1)
