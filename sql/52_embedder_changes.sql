@@ -352,7 +352,7 @@ create or replace function pgshelf.library_embedder(p_library uuid)
   stable security definer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_library pgshelf.libraries := pgshelf.library_named(p_library::text);
+  v_library pgshelf.libraries := pgshelf.library_named(p_library::text, 'monitor');
   v_change pgshelf.embedder_changes;
   v_pending bigint;
 begin
@@ -378,7 +378,7 @@ begin
   return next;
 end $$;
 
-create or replace view pgshelf.embedder_status as
+create or replace view pgshelf.embedder_status with (security_barrier) as
   select l.name as library, e.embedder, e.wanted, e.state, e.progress, e.embedded, e.total, e.error, l.id as library_id
   from pgshelf.libraries l cross join lateral pgshelf.library_embedder(l.id) e
-  where l.deleted_at is null;
+  where l.deleted_at is null and pgshelf.granted(l.id, 'monitor');
