@@ -36,7 +36,8 @@ def logins(url: str, vector_schema: str) -> Iterator[Login]:
         finally:
             for role in made:
                 admin.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [role.as_string().strip('"')]
+                    "select pg_terminate_backend(pid) from pg_stat_activity where usename = %s",
+                    [role.as_string().strip('"')],
                 )
                 admin.execute(sql.SQL("drop owned by {}").format(role))
                 admin.execute(sql.SQL("drop role {}").format(role))

@@ -33,10 +33,10 @@ READING = [
 ]
 WRITING = [
     "select pgshelf.put_document(%s, 'k', texts => '{dead rows}', embeddings => '{\"[1,0]\"}') is not null",
-    "select pgshelf.update_documents(%s, '{\"$key\": \"k\"}', '{\"a\": 1}')",
+    'select pgshelf.update_documents(%s, \'{"$key": "k"}\', \'{"a": 1}\')',
     "select pgshelf.retry_embeddings(%s)",
     "select pgshelf.delete_document(%s, 'k')",
-    "select pgshelf.delete_documents(%s, '{\"$key\": \"k\"}')",
+    'select pgshelf.delete_documents(%s, \'{"$key": "k"}\')',
 ]
 NUMBERS = ["library_stats", "library_index", "library_embedder"]
 
@@ -86,7 +86,12 @@ def message(url: str, statement: str, library: str) -> tuple[str | None, ...]:
     with pytest.raises(psycopg.Error) as caught:
         ask(url, statement, library)
     said = caught.value.diag
-    return (caught.value.sqlstate, (said.message_primary or "").replace(library, "X"), said.message_hint, said.message_detail)
+    return (
+        caught.value.sqlstate,
+        (said.message_primary or "").replace(library, "X"),
+        said.message_hint,
+        said.message_detail,
+    )
 
 
 def test_what_was_not_granted_is_not_there(owner: Connection, login: Login, mine: str, other: str) -> None:
@@ -207,7 +212,11 @@ def test_patterns_become_grants_when_written(owner: Connection, login: Login) ->
             owner.execute(grant, given)
         assert caught.value.sqlstate == state, given
     # grants are written to the audit log by themselves
-    rows = ask(owner.info.dsn, "select action, principal_kind, detail from pgshelf.audit_view where detail like %s order by at", f"{role}%")
+    rows = ask(
+        owner.info.dsn,
+        "select action, principal_kind, detail from pgshelf.audit_view where detail like %s order by at",
+        f"{role}%",
+    )
     assert [row[0] for row in rows] == ["grant.create"] * 2 + ["grant.revoke"] + ["grant.create"] + ["grant.revoke"] * 2
     assert {row[1] for row in rows} == {"role"} and rows[0][2] == f"{role} write"
 
@@ -215,7 +224,10 @@ def test_patterns_become_grants_when_written(owner: Connection, login: Login) ->
 def test_only_the_owner_grants(login: Login, mine: str) -> None:
     for role in ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service"):
         member = login(role)
-        for statement in ("select pgshelf.grant_library(session_user, %s, 'write')", "select pgshelf.revoke_library(session_user, %s)"):
+        for statement in (
+            "select pgshelf.grant_library(session_user, %s, 'write')",
+            "select pgshelf.revoke_library(session_user, %s)",
+        ):
             assert state_of(member, statement, mine) == "42501"
         assert state_of(member, "insert into pgshelf.grants (role, access) values (session_user, 'write')") == "42501"
 
@@ -251,7 +263,11 @@ def test_row_security_guards_what_was_granted_by_hand(owner: Connection, login: 
             assert ask(member, f"select count(*) from pgshelf.{table}") == ask(
                 owner.info.dsn, f"select count(*) from pgshelf.{table} where {column} = %s", mine_id
             )
-            assert ask(member, f"with d as (delete from pgshelf.{table} where {column} = %s returning 1) select count(*) from d", other_id) == [(0,)]
+            assert ask(
+                member,
+                f"with d as (delete from pgshelf.{table} where {column} = %s returning 1) select count(*) from d",
+                other_id,
+            ) == [(0,)]
         else:
             assert ask(member, f"select count(*) from pgshelf.{table}") == [(0,)], table
     assert {"libraries", "documents", "chunks", "change_log"} <= set(tables)
@@ -264,7 +280,9 @@ def test_row_security_guards_what_was_granted_by_hand(owner: Connection, login: 
     assert state_of(member, f"select 1 from pgshelf.chunks_s0") == "42501"
 
 
-def test_a_condition_of_the_caller_is_not_shown_what_it_may_not_see(owner: Connection, login: Login, mine: str, other: str) -> None:
+def test_a_condition_of_the_caller_is_not_shown_what_it_may_not_see(
+    owner: Connection, login: Login, mine: str, other: str
+) -> None:
     """A function that is cheap and tells what it is given must come after the grant, in every view."""
     reader = login("pgshelf_reader", libraries={mine: "read"})
     owner.execute("grant create on schema public to public")
@@ -289,7 +307,10 @@ def test_the_service_may_be_granted_a_part(owner: Connection, login: Login, mine
     assert ask(service, "select count(*) from pgshelf.libraries where name in (%s, %s)", mine, other) == [(2,)]
     owner.execute("begin")
     try:
-        owner.execute("select pgshelf.revoke_library('pgshelf_service', '*'), pgshelf.grant_library('pgshelf_service', %s, 'write')", [mine])
+        owner.execute(
+            "select pgshelf.revoke_library('pgshelf_service', '*'), pgshelf.grant_library('pgshelf_service', %s, 'write')",
+            [mine],
+        )
         owner.execute("set local role pgshelf_service")
         assert owner.execute("select name from pgshelf.libraries").fetchall() == [(mine,)]
         assert owner.execute("select count(*) from pgshelf.documents").fetchone() == (1,)

@@ -53,7 +53,9 @@ async def test_a_service_needs_no_more_than_its_role(
 def hand_over(admin: psycopg.Connection[Any], owner: str, vector_schema: str) -> None:
     """Make the schema the property of a role that is no superuser, as if that had migrated."""
     admin.execute(f"create role {owner} nologin")
-    admin.execute(sql.SQL("grant usage on schema {} to {}").format(sql.Identifier(vector_schema), sql.Identifier(owner)))
+    admin.execute(
+        sql.SQL("grant usage on schema {} to {}").format(sql.Identifier(vector_schema), sql.Identifier(owner))
+    )
     admin.execute(
         f"""do $$
         declare v_name text;
@@ -100,7 +102,11 @@ async def write_and_read(client: httpx2.AsyncClient) -> None:
     assert len(ok(await client.post(f"{path}/search", json=like))["hits"]) == 2
     ok(await client.post("/v1/search", json={"libraries": ["shelf"], "query": "rows"}))
     ok(await client.post(f"{path}/facets", json={"attributes": ["year"]}))
-    ok(await client.patch(f"{path}/documents/a", json={"title": "Vacuum"}, headers={"If-Match": f'"{first["version"]}"'}))
+    ok(
+        await client.patch(
+            f"{path}/documents/a", json={"title": "Vacuum"}, headers={"If-Match": f'"{first["version"]}"'}
+        )
+    )
     chunk = (await asking.chunks(client, "a"))[0]
     ok(await client.patch(at("libraries", "shelf", "chunks", chunk["id"]), json={"text": "Vacuum frees space."}))
     ok(await client.get(at("libraries", "shelf", "chunks", chunk["id"])))

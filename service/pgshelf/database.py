@@ -39,8 +39,8 @@ join pg_catalog.pg_namespace n on n.oid = t.typnamespace
 join pg_catalog.pg_extension e on e.extname = 'vector' and e.extnamespace = t.typnamespace
 where t.typname = 'vector'
 """
-# Whoever may be the owner of the tables becomes it, for what is made must belong to the same role as all the rest. Tells who
-# the owner is and whether the session is; nothing before the first migration.
+# Whoever may be the owner of the tables becomes it, for what is made must belong to the same role as all the rest.
+# Tells who the owner is and whether the session is; nothing before the first migration.
 BECOME_OWNER = """
 select r.rolname, case when r.rolname = current_user then true when pg_has_role(session_user, r.oid, 'set')
   then set_config('role', r.rolname, false) is not null else false end

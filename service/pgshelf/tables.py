@@ -524,8 +524,6 @@ audit_log = Table(
     Column("detail", Text),
     PrimaryKeyConstraint("at", "id", name="audit_log_pkey"),
     CheckConstraint("outcome in ('done', 'refused')", name="audit_log_outcome_check"),
-    Index(
-        "audit_log_library_idx", "library_id", "at", "id", postgresql_where=text("library_id is not null")
-    ),
+    Index("audit_log_library_idx", "library_id", "at", "id", postgresql_where=text("library_id is not null")),
     comment="Who did what to which library. Rows are only added; the worker forgets old ones.",
 )

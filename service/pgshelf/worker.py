@@ -22,6 +22,7 @@ log = logging.getLogger("pgshelf.worker")
 STAMP = "select pgshelf.stamp_all_changes()"
 PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
 FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
+PRUNE_AUDIT = "select pgshelf.prune_audit(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
 TIDY = 60.0  # seconds between two times
 UNTIL_OWNER = 60.0  # seconds until a role that may not build is asked again
@@ -74,11 +75,12 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
 
 
 async def tidy(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget a batch of changes, of stored answers and of imports that are old enough; returns how many."""
+    """Forget a batch of changes, stored answers, imports and rows of the audit log that are old enough; how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
     imports = await database.run(engine, FORGET_IMPORTS, timedelta(hours=settings.import_retention))
-    return int(changes[0][0]) + int(answers[0][0]) + int(imports[0][0])
+    audit = await database.run(engine, PRUNE_AUDIT, timedelta(days=settings.audit_retention))
+    return sum(int(forgotten[0][0]) for forgotten in (changes, answers, imports, audit))
 
 
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
