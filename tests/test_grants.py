@@ -205,7 +205,8 @@ def test_patterns_become_grants_when_written(owner: Connection, login: Login) ->
     assert owner.execute(revoke, [role, "*"]).fetchone() == (2,)  # that of the deleted library among them
     assert named(reader, "libraries_overview") == set()
     for given, state in (
-        (("nobody", "*", "read"), "42704"), ((role, "nothing", "read"), "PS001"), ((role, f"{prefix}x*", "read"), "PS001"),
+        (("nobody", "*", "read"), "42704"), ((role, "nothing", "read"), "PS001"),
+        ((role, f"{prefix}x*", "read"), "PS001"),
         ((role, "*", "own"), "PS030"), ((role, "*", None), "PS030"), ((None, "*", "read"), "42704"),
     ):  # fmt: skip
         with pytest.raises(psycopg.Error) as caught:
@@ -277,7 +278,7 @@ def test_row_security_guards_what_was_granted_by_hand(owner: Connection, login: 
     for moved in ("documents", "attribute_values"):
         assert state_of(member, f"update pgshelf.{moved} set library_id = %s", other_id) in (None, "42501")
     assert ask(owner.info.dsn, "select count(*) from pgshelf.documents where library_id = %s", other_id) == [(1,)]
-    assert state_of(member, f"select 1 from pgshelf.chunks_s0") == "42501"
+    assert state_of(member, "select 1 from pgshelf.chunks_s0") == "42501"
 
 
 def test_a_condition_of_the_caller_is_not_shown_what_it_may_not_see(
@@ -308,7 +309,8 @@ def test_the_service_may_be_granted_a_part(owner: Connection, login: Login, mine
     owner.execute("begin")
     try:
         owner.execute(
-            "select pgshelf.revoke_library('pgshelf_service', '*'), pgshelf.grant_library('pgshelf_service', %s, 'write')",
+            "select pgshelf.revoke_library('pgshelf_service', '*'),"
+            " pgshelf.grant_library('pgshelf_service', %s, 'write')",
             [mine],
         )
         owner.execute("set local role pgshelf_service")

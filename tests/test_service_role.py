@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,10 +60,11 @@ def hand_over(admin: psycopg.Connection[Any], owner: str, vector_schema: str) ->
         declare v_name text;
         begin
           alter schema pgshelf owner to {owner};
-          for v_name in select format('%s %s', case c.relkind when 'v' then 'view' when 'S' then 'sequence' else 'table' end, c.oid::regclass)
-            from pg_class c where c.relnamespace = 'pgshelf'::regnamespace and c.relkind in ('r', 'p', 'v')
-              or c.relnamespace = 'pgshelf'::regnamespace and c.relkind = 'S'
-              and not exists (select from pg_depend d where d.objid = c.oid and d.deptype in ('a', 'i')) loop
+          for v_name in select format('%s %s', k.kind, c.oid::regclass) from pg_class c
+            join (values ('r', 'table'), ('p', 'table'), ('v', 'view'), ('S', 'sequence')) k(relkind, kind)
+              using (relkind)
+            where c.relnamespace = 'pgshelf'::regnamespace and (c.relkind <> 'S'
+              or not exists (select from pg_depend d where d.objid = c.oid and d.deptype in ('a', 'i'))) loop
             execute format('alter %s owner to {owner}', v_name);
           end loop;
           for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace loop

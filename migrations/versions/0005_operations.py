@@ -25,7 +25,7 @@ create table pgshelf.grants (
 );
 create index grants_library_idx on pgshelf.grants (library_id);
 comment on table pgshelf.grants is 'Which libraries a role of PostgreSQL has in SQL; pgshelf.grant_library writes it.';
-comment on column pgshelf.grants.role is 'By its name, so that dumps go to other clusters: revoke before a role is dropped.';
+comment on column pgshelf.grants.role is 'By name, so that dumps go to other clusters; revoke before it is dropped.';
 comment on column pgshelf.grants.library_id is 'Null: all libraries, those to come included.';
 
 -- sql/14_access.sql says what these mean; until it is applied nobody but the owner sees a row
@@ -73,10 +73,10 @@ create table pgshelf.audit_log (
   constraint audit_log_outcome_check check (outcome in ('done', 'refused'))
 );
 create index audit_log_library_idx on pgshelf.audit_log (library_id, at, id) where library_id is not null;
-comment on table pgshelf.audit_log is 'Who did what to which library. Rows are only added; the worker forgets old ones.';
-comment on column pgshelf.audit_log.principal_kind is 'key, token, jwt, anybody over REST; role for a role of PostgreSQL.';
+comment on table pgshelf.audit_log is 'Who did what to which library: only added to, the worker forgets old rows.';
+comment on column pgshelf.audit_log.principal_kind is 'key, token, jwt, anybody; role: of PostgreSQL.';
 comment on column pgshelf.audit_log.library is 'What it was called then.';
-comment on column pgshelf.audit_log.count is 'Documents, where the action is about documents; of attempts that were refused, how many.';
+comment on column pgshelf.audit_log.count is 'Documents, if it is about those; refused attempts.';
 
 create function pgshelf.audit_kept() returns trigger language plpgsql
   as $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
