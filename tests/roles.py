@@ -22,7 +22,7 @@ def logins(url: str, vector_schema: str) -> Iterator[Login]:
         def login(*roles: str, libraries: dict[str, str] | None = None, options: str = "") -> str:
             name = f"test_{uuid.uuid4().hex[:12]}"
             role = sql.Identifier(name)
-            admin.execute(sql.SQL("create role {} login password 'secret' " + options).format(role))  # type: ignore[arg-type]  # the tests' own words
+            admin.execute(sql.SQL("create role {} login password 'secret' " + options).format(role))
             made.append(role)
             for each in roles:
                 admin.execute(sql.SQL("grant {} to {}").format(sql.Identifier(each), role))

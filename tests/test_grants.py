@@ -236,7 +236,7 @@ def test_only_the_owner_grants(login: Login, mine: str) -> None:
 def test_row_security_guards_what_was_granted_by_hand(owner: Connection, login: Login, mine: str, other: str) -> None:
     """A DBA grants tables themselves; rows of other libraries stay hidden, and cannot be written."""
     member = login("pgshelf_writer", libraries={mine: "write"})
-    role = psycopg.conninfo.conninfo_to_dict(member)["user"]
+    role = str(psycopg.conninfo.conninfo_to_dict(member)["user"])
     tables = [
         name
         for (name,) in owner.execute(

@@ -244,7 +244,13 @@ class Client:
         `since` needs a time zone. It takes a key of the role admin for all libraries.
         """
         moment = None if since is None else since.isoformat()
-        params = {"action": action, "library": library, "since": moment, "outcome": outcome, "limit": page_size}
+        params = {
+            "action": action,
+            "library": None if library is None else str(library),
+            "since": moment,
+            "outcome": outcome,
+            "limit": page_size,
+        }
         return self._items(self._routes.call("GET", "audit", params=params), base.AUDIT)
 
     # Indexes
