@@ -24,7 +24,7 @@ declare
   -- the rest of what the service runs are the functions below
   v_serving text[] := v_writing || v_monitoring || array[
     'select on pgshelf.installation, pgshelf.alembic_version, pgshelf.documents, pgshelf.change_log, pgshelf.waiting, pgshelf.embedder_changes',
-    'select on pgshelf.keys, pgshelf.key_secrets, pgshelf.audit_log, pgshelf.grants',
+    'select on pgshelf.keys, pgshelf.key_secrets, pgshelf.audit_log',
     'select, insert, update on pgshelf.libraries, pgshelf.idempotency_keys',
     'execute on function pgshelf.is_id, pgshelf.in_scope, pgshelf.library_in_scope, pgshelf.merge_patch, pgshelf.scoped, pgshelf.shelf_rows'];
   v_role text;

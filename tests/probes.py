@@ -80,7 +80,7 @@ class Border:
 
     async def _write(self, library: str, n: int, mark: str) -> None:
         body = {
-            "key": f"{library}-{n}",
+            "key": f"{'sheet' if library in OWN else 'paper'}-{library[-1]}-{n}",
             "title": f"{mark} title",
             "source": f"https://{mark}",
             "metadata": {"year": 2000 + n, mark: mark, "tags": [mark, "common"]},
@@ -110,8 +110,8 @@ class Border:
     def document(self) -> tuple[str, str]:
         if self.random.random() < 0.5:
             return self.random.choice(self.documents), self.uuid()
-        name, n = self.random.choice(FOREIGN), self.random.randrange(8)
-        return f"{name}-{n}", f"vaunt-x-{n}"
+        letter, n = self.random.choice("abc"), self.random.randrange(8)
+        return f"paper-{letter}-{n}", f"piper-{letter}-{n}"
 
     def chunk(self) -> tuple[str, str]:
         return self.random.choice(self.chunks), self.uuid()
