@@ -25,7 +25,7 @@ from pgshelf.cli import main
 from pgshelf.tables import metadata
 from tests.postgres import Choice, Databases, Server, on_database, start_server
 
-ROLES = ("pgshelf_reader", "pgshelf_writer")
+ROLES = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service", "pgshelf_worker")
 CLONE = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 Connect = Callable[[str], psycopg.Connection[Any]]

@@ -112,7 +112,8 @@ def _schema(connection: Connection) -> Iterator[Finding]:
 
 RIGHTS = """
 select session_user::text, r.rolsuper, r.rolbypassrls, o.rolname, pg_has_role(session_user, o.oid, 'usage'),
-  pg_has_role(session_user, o.oid, 'set'), coalesce(pg_has_role(session_user, to_regrole('pgshelf_service'), 'usage'), false)
+  pg_has_role(session_user, o.oid, 'set'),
+  coalesce(pg_has_role(session_user, to_regrole('pgshelf_service'), 'usage'), false)
 from pg_roles r, pg_class c join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'pgshelf'
 join pg_roles o on o.oid = c.relowner where r.rolname = session_user and c.relname = 'chunks'
 """
@@ -155,9 +156,7 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
 def _beyond(connection: Connection) -> Iterator[Finding]:
     """Rights that somebody has beside the grants."""
     for table, role, shelf in connection.execute(BY_HAND.encode()):
-        why = (
-            "a shelf, where nothing hides a library" if shelf else "a table; the views and functions are what is meant"
-        )
+        why = "a shelf, where nothing hides a library" if shelf else "a table; views and functions are what is meant"
         yield Finding("warn", f"the role {role} was granted {why}: revoke all on {table} from {role}")
     above = "select rolname from pg_roles where rolname = any (%s) and (rolsuper or rolbypassrls) order by 1"
     for (role,) in connection.execute(above.encode(), [list(OTHERS)]):
