@@ -1,5 +1,5 @@
-"""What authorisation costs: searches over HTTP with keys and without, searches in SQL by the owner and by who was granted
-the library, writes with the audit log and without. One after the other in turn; medians, and their ratio.
+"""What authorisation costs: searches over HTTP with keys and without, in SQL by the owner and by who was granted the
+library, writes with the audit log and without. One after the other in turn; medians, and their ratio.
 
 Two services of one process each share a database; one asks for a key, the other does not. On a busy machine the last
 column says more: the stages that the second service timed itself, `auth` against all others.

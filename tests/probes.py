@@ -428,8 +428,6 @@ SQL: dict[str, Callable[[Border], Sql]] = {
     "index status": call("select * from pgshelf.index_status where library_id = %s::text::uuid", "id"),
     "embedder status": call("select * from pgshelf.embedder_status where library = %s", "name"),
     "pending": call("select * from pgshelf.pending_embeddings where library = %s", "name"),
-    "plan": call("explain select * from pgshelf.documents_view where library = %s", "name"),
-    "plan by id": call("explain select * from pgshelf.chunks_view where library_id = %s::text::uuid", "id"),
     "error in a condition": call("select 1 / (length(title) - length(title)) from pgshelf.documents_view"
                                  " where library = %s", "name"),
     "tables": call("select * from pgshelf.documents where id = %s::text::uuid", "document id"),
