@@ -76,7 +76,7 @@ begin
     raise 'access is %, it can be monitor, read or write', coalesce(quote_literal(grant_library.access), 'null') using errcode = 'PS030';
   end if;
   insert into pgshelf.grants (role, library_id, access) select grant_library.role, u.id, grant_library.access from unnest(v_ids) u(id)
-    on conflict on constraint grants_role_library_key do update set access = excluded.access, granted_at = now();
+    on conflict on constraint grants_role_library_key do update set access = excluded.access;
   perform pgshelf.audit_role('grant.create', u.id, grant_library.role || ' ' || grant_library.access) from unnest(v_ids) u(id);
   return cardinality(v_ids);
 end $$;

@@ -30,14 +30,16 @@ $$;
 
 -- Forgets rows that are older than p_keep, at most p_limit of them; tells how many. Nothing else may take rows away.
 create or replace function pgshelf.prune_audit(p_keep interval, p_limit int default 5000) returns int
-  volatile language plpgsql set search_path = pg_catalog, pg_temp set pgshelf.prunes_audit = on
+  volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_gone int;
 begin
+  perform set_config('pgshelf.prunes_audit', 'on', true);
   delete from pgshelf.audit_log a where (a.at, a.id) in (select x.at, x.id from pgshelf.audit_log x
     where x.at < now() - p_keep order by x.at, x.id limit p_limit for update skip locked);
   get diagnostics v_gone = row_count;
+  perform set_config('pgshelf.prunes_audit', 'off', true);
   return v_gone;
 end $$;
 

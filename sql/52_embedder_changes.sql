@@ -34,6 +34,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
 begin
+  perform pgshelf.check_writable(v_library);
   select * into v_library from pgshelf.libraries l where l.id = v_library.id and l.deleted_at is null for no key update;
   if not found then
     raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
@@ -62,6 +63,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
 begin
+  perform pgshelf.check_writable(v_library);
   update pgshelf.embedder_changes c set phase = 'over' where c.library_id = v_library.id and c.phase <> 'over';
   return found;
 end $$;

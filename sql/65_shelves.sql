@@ -204,6 +204,7 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
   v_task text;
 begin
+  perform pgshelf.check_writable(v_library);
   perform pgshelf.check_index(p_index, v_library.dimension, v_library.metric);
   select * into v_library from pgshelf.libraries l where l.id = v_library.id and l.deleted_at is null for no key update;
   if not found then

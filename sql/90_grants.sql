@@ -27,12 +27,13 @@ declare
     'select on pgshelf.keys, pgshelf.key_secrets, pgshelf.audit_log',
     'select, insert, update on pgshelf.libraries, pgshelf.idempotency_keys',
     'execute on function pgshelf.is_id, pgshelf.in_scope, pgshelf.library_in_scope, pgshelf.merge_patch, pgshelf.scoped, pgshelf.shelf_rows'];
+  v_working text[] := array['usage on schema pgshelf'];
   v_role text;
   v_grants text[];
   v_grant text;
 begin
   for v_role, v_grants in values ('pgshelf_reader', v_reading), ('pgshelf_writer', v_writing), ('pgshelf_monitor', v_monitoring),
-    ('pgshelf_service', v_serving) loop
+    ('pgshelf_service', v_serving), ('pgshelf_worker', v_working) loop
     -- a role that could not be created is reported by pgshelf migrate; the rest of the upgrade does not wait for it
     continue when to_regrole(v_role) is null;
     foreach v_grant in array v_grants loop

@@ -226,7 +226,7 @@ def told(answer: httpx2.Response, about: Any) -> tuple[Any, ...]:
     body = re.sub(r'"(request_id|took_ms|token|expires_at)":("[^"]*"|[0-9.]+)', "", leaves(answer, about))
     headers = {name: value for name, value in answer.headers.items() if name not in NOISE | {"content-length"}}
     stages = [part.partition(";")[0] for part in answer.headers["server-timing"].split(", ")]
-    return answer.status_code, sorted(headers.items()), stages, body
+    return answer.status_code, sorted(headers.items()), sorted(stages), body
 
 
 async def run(session: psycopg.AsyncConnection[Any], statement: str, given: list[Any]) -> str:

@@ -310,14 +310,23 @@ def test_the_service_may_be_granted_a_part(owner: Connection, login: Login, mine
     try:
         owner.execute(
             "select pgshelf.revoke_library('pgshelf_service', '*'),"
-            " pgshelf.grant_library('pgshelf_service', %s, 'write')",
+            " pgshelf.grant_library('pgshelf_service', %s, 'read')",
             [mine],
         )
         owner.execute("set local role pgshelf_service")
         assert owner.execute("select name from pgshelf.libraries").fetchall() == [(mine,)]
         assert owner.execute("select count(*) from pgshelf.documents").fetchone() == (1,)
-        with pytest.raises(psycopg.Error) as caught:
-            owner.execute("select pgshelf.library_named(%s)", [other])
-        assert caught.value.sqlstate == "PS001"
+        for statement, library, state in (
+            ("select pgshelf.library_named(%s)", other, "PS001"),
+            ("select pgshelf.delete_library(%s)", other, "PS001"),
+            ("select pgshelf.patch_document(%s, 'k', '{}', '{}', null)", mine, "42501"),
+            ('select pgshelf.want_index(%s, \'{"type": "flat"}\', 100)', mine, "42501"),
+            ('select pgshelf.want_embedder(%s, \'{"provider": "none", "dimension": 2}\')', mine, "42501"),
+            ("select pgshelf.cancel_embedder(%s)", mine, "42501"),
+            ("select pgshelf.delete_library(%s)", mine, "42501"),
+        ):
+            with pytest.raises(psycopg.Error) as caught, owner.transaction():
+                owner.execute(statement.encode(), [library])
+            assert caught.value.sqlstate == state, statement
     finally:
         owner.execute("rollback")

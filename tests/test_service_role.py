@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -147,3 +149,27 @@ async def manage_keys(client: httpx2.AsyncClient) -> None:
     assert {each["name"] for each in ok(await client.get("/v1/keys"))["items"]} == {"root", "crawler"}
     ok(await client.delete(f"/v1/keys/{made['id']}"), 204)
     assert (await client.get("/v1/libraries", headers=as_crawler)).status_code == 401
+
+
+def test_all_that_the_service_calls_is_granted_to_it(database_url: str) -> None:
+    """A function that is new in service/ fails here until sql/90_grants.sql names it."""
+    folder = Path(shelves.__file__).parent
+    # what builds is the worker's, who becomes the owner; the command line is the owner's
+    owners = {"shelves.py", "reembedding.py", "cli.py", "migrate.py", "tables.py", "benchmarks.py"}
+    called = {
+        name
+        for file in folder.glob("*.py")
+        if file.name not in owners
+        for name in re.findall(r"(?<!\.)pgshelf\.(\w+)\(|func\.pgshelf\.(\w+)", file.read_text())
+    }
+    names = {one or other for one, other in called} - {"grant_library", "revoke_library"}
+    granted = {
+        name
+        for (name,) in ask(
+            database_url,
+            "select p.proname from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace"
+            " and has_function_privilege('pgshelf_service', p.oid, 'execute')",
+        )
+    }
+    assert len(names) > 60
+    assert names <= granted

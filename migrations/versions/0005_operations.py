@@ -18,7 +18,6 @@ create table pgshelf.grants (
   role text not null,
   library_id uuid,
   access text not null,
-  granted_at timestamptz not null default now(),
   constraint grants_role_library_key unique nulls not distinct (role, library_id),
   constraint grants_library_fk foreign key (library_id) references pgshelf.libraries (id) on delete cascade,
   constraint grants_access_check check (access in ('monitor', 'read', 'write'))
@@ -50,7 +49,6 @@ end $$;
 -- of no library, or of several: without a policy they are the owner's alone
 alter table pgshelf.grants enable row level security;
 alter table pgshelf.next_embeddings enable row level security;
-alter table pgshelf.embedding_cache enable row level security;
 alter table pgshelf.planes enable row level security;
 """
 
@@ -95,16 +93,22 @@ REPLICATION = """
 
 DOWN_ACCESS = """
 alter table pgshelf.planes disable row level security;
-alter table pgshelf.embedding_cache disable row level security;
 alter table pgshelf.next_embeddings disable row level security;
 do $$
 declare
   v_policy record;
+  v_role text;
 begin
   for v_policy in select p.polname as name, p.polrelid::regclass as of_table from pg_policy p
     join pg_class c on c.oid = p.polrelid and c.relnamespace = 'pgshelf'::regnamespace loop
     execute format('drop policy %I on %s', v_policy.name, v_policy.of_table);
     execute format('alter table %s disable row level security', v_policy.of_table);
+  end loop;
+  foreach v_role in array array['pgshelf_monitor', 'pgshelf_service', 'pgshelf_worker'] loop
+    continue when to_regrole(v_role) is null;
+    execute format('revoke all on all tables in schema pgshelf from %I', v_role);
+    execute format('revoke all on all functions in schema pgshelf from %I', v_role);
+    execute format('revoke all on schema pgshelf from %I', v_role);
   end loop;
 end $$;
 drop function pgshelf.granted_libraries(text), pgshelf.granted(uuid, text);

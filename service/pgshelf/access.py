@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import re
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -321,10 +322,13 @@ class Guard:
         return bool(self._closed)
 
     def _note(self, key: UUID) -> None:
-        """Record that a key was used, in nobody's way; should it fail, the next use records it."""
+        """Record that a key was used, in nobody's way; should it fail, the next use records it.
+
+        It is no part of the request: not of its timings, nor of its log lines.
+        """
         self._used.add(key)
         if self._noting is None or self._noting.done():
-            self._noting = asyncio.create_task(self._write_used())
+            self._noting = asyncio.create_task(self._write_used(), context=contextvars.Context())
 
     async def _write_used(self) -> None:
         keys, self._used = list(self._used), set()

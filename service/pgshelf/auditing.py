@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from typing import Any
 from uuid import UUID
@@ -100,7 +101,7 @@ class Refusals:
         else:
             self._seen[key] = entry
         if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write_soon())
+            self._writing = asyncio.create_task(self._write_soon(), context=contextvars.Context())
 
     async def close(self) -> None:
         """Write what is there."""

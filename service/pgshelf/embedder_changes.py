@@ -87,7 +87,6 @@ async def put_embedder(
     async def want(connection: AsyncConnection) -> Answer[EmbedderState]:
         asked = await database.rows(connection, "select pgshelf.want_embedder(%s, %s)", library, Jsonb(wanted))
         state = _state((await database.rows(connection, STATUS, library))[0])
-        once.note(count=int(asked[0][0]))
         return Answer(state, status_code=202 if asked[0][0] else 200)
 
     return await once.run(want)

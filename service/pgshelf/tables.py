@@ -488,7 +488,6 @@ grants = Table(
     ),
     Column("library_id", UUID(as_uuid=True), comment="Null: all libraries, those to come included."),
     Column("access", Text, nullable=False),
-    Column("granted_at", moment, nullable=False, server_default=now),
     UniqueConstraint("role", "library_id", name="grants_role_library_key", postgresql_nulls_not_distinct=True),
     ForeignKeyConstraint(["library_id"], ["pgshelf.libraries.id"], name="grants_library_fk", ondelete="CASCADE"),
     CheckConstraint("access in ('monitor', 'read', 'write')", name="grants_access_check"),

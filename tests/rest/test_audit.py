@@ -106,6 +106,7 @@ async def test_every_write_leaves_a_row(admin: httpx2.AsyncClient, database_url:
             ("embedding.retry", "root", "local", None, 1, None),
             ("embedder.change", "root", "local", None, 1, None),
             ("embedder.cancel", "root", "local", None, 1, None),
+            ("embedder.change", "root", "local", None, 1, None),
             ("key.create", "root", None, None, 1, "k"),
             ("key.rotate", "root", None, None, 1, "k"),
             ("token.create", "k", None, None, 1, None),
