@@ -1,7 +1,8 @@
-"""What authorisation costs a search: the same searches over HTTP, with keys and without, one after the other in turn.
+"""What authorisation costs: searches over HTTP with keys and without, in SQL by the owner and by who was granted the
+library, writes with the audit log and without. One after the other in turn; medians, and their ratio.
 
-Two services of one process each share a database; one asks for a key, the other does not. Medians, and their ratio. On
-a busy machine the last column says more: the stages that the second service timed itself, `auth` against all others.
+Two services of one process each share a database; one asks for a key, the other does not. On a busy machine the last
+column says more: the stages that the second service timed itself, `auth` against all others.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def main() -> None:
             keys = fill(url, options.chunks)
             with serving(url, PORT, "off") as without, serving(url, PORT + 1, "on") as asked:
                 measure(without, asked, keys, options.rounds)
+            in_sql(url, options.rounds)
+            with serving(url, PORT, "off", audit="false") as plain, serving(url, PORT + 1, "off") as audited:
+                writes(plain, audited, options.rounds)
         finally:
             server.stop()
 
@@ -82,11 +86,11 @@ def fill(url: str, chunks: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(url: str, port: int, auth: str) -> Iterator[str]:
+def serving(url: str, port: int, auth: str, audit: str = "true") -> Iterator[str]:
     """A service of one process that asks for keys, or does not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
     environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_AUTH": auth, "PGSHELF_WORKERS": "1"}
-    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port)}
+    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port), "PGSHELF_AUDIT": audit}
     command = [sys.executable, "-m", "pgshelf.cli", "serve"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -144,6 +148,89 @@ def measure(without: str, asked: str, keys: dict[str, str], rounds: int) -> None
             auth, total = (statistics.median(column) for column in zip(*stages, strict=True))
             found = f"{before:10.2f} | {after:8.2f} | {after / before:5.2f} | {kept:>9} | {auth:7.2f}"
             print(f"| {kind:20} | {name:14} | {found} | {total / (total - auth):9.2f} |")
+
+
+def in_sql(url: str, rounds: int) -> None:
+    """Print what a grant costs a search in SQL: one to the role itself, one to its team; a hundred others have one."""
+    random = np.random.default_rng(8)
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute("create role analyst login in role pgshelf_reader")
+        owner.execute("create role team nologin")
+        owner.execute("create role member login in role pgshelf_reader, team")
+        for statement in ("analyst', 'team-docs", "team', 'team-*"):
+            owner.execute(f"select pgshelf.grant_library('{statement}')".encode())
+        for n in range(100):
+            owner.execute(f"create role other_{n} nologin".encode())
+            owner.execute("select pgshelf.grant_library(%s, 'team-docs')", [f"other_{n}"])
+        with (
+            psycopg.connect(url, user="analyst", autocommit=True) as analyst,
+            psycopg.connect(url, user="member", autocommit=True) as member,
+        ):
+            callers = {"the owner": owner, "its own grant": analyst, "its team's grant": member}
+            print(f"\n| {'search in SQL':20} | {'caller':16} | {'ms':>6} | ratio | under {LIMIT} |")
+            for kind, call in SEARCHES.items():
+                times: dict[str, list[float]] = {name: [] for name in callers}
+                for number in range(rounds + 20):
+                    vector = str(random.normal(size=DIMENSION).round(4).tolist())
+                    for name in sorted(callers, key=lambda _: random.random()):
+                        started = time.perf_counter()
+                        callers[name].execute(call, {"vector": vector}).fetchall()
+                        if number >= 20:
+                            times[name].append((time.perf_counter() - started) * 1000)
+                first = statistics.median(times["the owner"])
+                for name, spent in times.items():
+                    ratio = statistics.median(spent) / first
+                    kept = "yes" if ratio <= LIMIT else "NO"
+                    print(f"| {kind:20} | {name:16} | {statistics.median(spent):6.2f} | {ratio:5.2f} | {kept:>10} |")
+
+
+SEARCHES: dict[str, Any] = {
+    "by vector": "select * from pgshelf.search('team-docs', %(vector)s)",
+    "by vector, filtered": "select * from pgshelf.search('team-docs', %(vector)s,"
+    """ filter => '{"year": {"$gte": 2010}}')""",
+    "by words": "select * from pgshelf.search_text('team-docs', 'word7')",
+    "by both": "select * from pgshelf.search_hybrid('team-docs', 'word7', %(vector)s)",
+}
+
+
+def writes(plain: str, audited: str, rounds: int) -> None:
+    """Print what the audit log costs a write."""
+    print(f"\n| {'write':28} | {'without ms':>10} | {'audited ms':>10} | ratio |")
+    chunk = {"text": "x", "embedding": [1.0] * DIMENSION}
+    one = {"text": "one"}
+
+    def put(client: httpx2.Client, address: str, number: int) -> httpx2.Response:
+        return client.put(f"{address}/v1/libraries/team-docs/documents/w", json={"chunks": [chunk | one]})
+
+    def patch(client: httpx2.Client, address: str, number: int) -> httpx2.Response:
+        return client.patch(f"{address}/v1/libraries/team-docs/documents/w", json={"metadata": {"n": number}})
+
+    def batch(client: httpx2.Client, address: str, number: int) -> httpx2.Response:
+        documents = [{"key": f"b{n}", "chunks": [chunk]} for n in range(100)]
+        return client.post(f"{address}/v1/libraries/team-docs/documents/batch", json={"documents": documents})
+
+    def update(client: httpx2.Client, address: str, number: int) -> httpx2.Response:
+        body = {"filter": {"$key": "w"}, "patch": {"n": number}}
+        return client.post(f"{address}/v1/libraries/team-docs/documents/update", json=body)
+
+    for name, work, count in (
+        ("put a document", put, rounds),
+        ("patch its metadata", patch, rounds),
+        ("a batch of 100", batch, rounds // 20),
+        ("change one by a filter", update, rounds),
+    ):
+        times: dict[str, list[float]] = {plain: [], audited: []}
+        with httpx2.Client(timeout=60) as client:
+            for number in range(count + 5):
+                for address in (plain, audited) if number % 2 else (audited, plain):
+                    started = time.perf_counter()
+                    answer = work(client, address, number)
+                    if number >= 5:
+                        times[address].append((time.perf_counter() - started) * 1000)
+                    if answer.status_code >= 400:
+                        raise SystemExit(f"{answer.status_code}: {answer.text}")
+        before, after = statistics.median(times[plain]), statistics.median(times[audited])
+        print(f"| {name:28} | {before:10.2f} | {after:10.2f} | {after / before:5.2f} |")
 
 
 def timed(header: str) -> tuple[float, float]:

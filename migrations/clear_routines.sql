@@ -12,7 +12,7 @@ begin
   end loop;
   for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace
     and p.prorettype <> 'trigger'::regtype
-    and p.proname not in ('words', 'place_of', 'is_id', 'scoped', 'moment', 'num') order by p.oid desc loop
+    and p.proname not in ('words', 'place_of', 'is_id', 'scoped', 'moment', 'num', 'granted', 'granted_libraries') order by p.oid desc loop
     execute 'drop routine ' || v_name;
   end loop;
   for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace

@@ -62,7 +62,7 @@ do $$
 declare
   v_role text;
 begin
-  foreach v_role in array array['pgshelf_reader', 'pgshelf_writer'] loop
+  foreach v_role in array array['pgshelf_reader', 'pgshelf_writer', 'pgshelf_monitor', 'pgshelf_service', 'pgshelf_worker'] loop
     continue when to_regrole(v_role) is not null;
     begin
       execute format('create role %I nologin', v_role);

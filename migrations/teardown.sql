@@ -24,9 +24,9 @@ begin
     end;
   end if;
   foreach v_role in array v_made.created_roles loop
-    -- somebody was made a member: the role is in use
+    -- somebody was made a member, or it was made one: the role is in use
     continue when exists (select 1 from pg_catalog.pg_auth_members m
-      where m.roleid = to_regrole(v_role) and m.member <> to_regrole(quote_ident(current_user)));
+      where m.roleid = to_regrole(v_role) and m.member <> to_regrole(quote_ident(current_user)) or m.member = to_regrole(v_role));
     begin
       execute format('drop role if exists %I', v_role);
     exception when dependent_objects_still_exist or insufficient_privilege then null;

@@ -1,7 +1,8 @@
 -- Finding a library, and the lock order that every writer of chunks follows.
 
--- The library of a name or an id; PS001 when there is none.
-create or replace function pgshelf.library_named(p_library text) returns pgshelf.libraries
+-- The library of a name or an id, if the caller was granted it; PS001 alike when it was not and when there is none. Everything that
+-- people may call about a library begins here.
+create or replace function pgshelf.library_named(p_library text, p_access text default 'read') returns pgshelf.libraries
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -12,7 +13,8 @@ begin
   else
     select * into v_library from pgshelf.libraries l where l.name = p_library and l.deleted_at is null;
   end if;
-  if not found then
+  -- asked in either case: what there is not takes as long
+  if not pgshelf.granted(v_library.id, p_access) or v_library.id is null then
     raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
   end if;
   return v_library;
@@ -32,6 +34,7 @@ begin
   if not found then
     raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
   end if;
+  perform pgshelf.check_writable(v_library);
   return v_library;
 end $$;
 

@@ -14,7 +14,7 @@ end $$;
 
 -- Notes what changes the answers of a whole library: its name or attributes, its embedder, the index that searches use.
 create or replace function pgshelf.library_changed() returns trigger
-  language plpgsql set search_path = pg_catalog, pg_temp
+  security definer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into pgshelf.change_log (library_id, kind, version) values (new.id, 'library', new.version);

@@ -122,9 +122,11 @@ create or replace function pgshelf.patch_document(p_library text, p_document tex
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_id uuid := pgshelf.document_named((pgshelf.library_named(p_library)).id, p_document);
+  v_library pgshelf.libraries := pgshelf.library_named(p_library);
+  v_id uuid := pgshelf.document_named(v_library.id, p_document);
   v_have bigint;
 begin
+  perform pgshelf.check_writable(v_library);
   select d.version into v_have from pgshelf.documents d where d.id = v_id for no key update;
   if not found then
     raise 'the document was deleted meanwhile' using errcode = 'PS002';

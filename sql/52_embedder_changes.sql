@@ -34,6 +34,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
 begin
+  perform pgshelf.check_writable(v_library);
   select * into v_library from pgshelf.libraries l where l.id = v_library.id and l.deleted_at is null for no key update;
   if not found then
     raise 'there is no library %', quote_literal(p_library) using errcode = 'PS001';
@@ -62,6 +63,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
 begin
+  perform pgshelf.check_writable(v_library);
   update pgshelf.embedder_changes c set phase = 'over' where c.library_id = v_library.id and c.phase <> 'over';
   return found;
 end $$;
@@ -352,7 +354,7 @@ create or replace function pgshelf.library_embedder(p_library uuid)
   stable security definer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_library pgshelf.libraries := pgshelf.library_named(p_library::text);
+  v_library pgshelf.libraries := pgshelf.library_named(p_library::text, 'monitor');
   v_change pgshelf.embedder_changes;
   v_pending bigint;
 begin
@@ -378,7 +380,7 @@ begin
   return next;
 end $$;
 
-create or replace view pgshelf.embedder_status as
+create or replace view pgshelf.embedder_status with (security_barrier) as
   select l.name as library, e.embedder, e.wanted, e.state, e.progress, e.embedded, e.total, e.error, l.id as library_id
   from pgshelf.libraries l cross join lateral pgshelf.library_embedder(l.id) e
-  where l.deleted_at is null;
+  where l.deleted_at is null and pgshelf.granted(l.id, 'monitor');

@@ -108,7 +108,7 @@ $$;
 
 -- The index that a library asks for, in full, whatever its size.
 create or replace function pgshelf.index_in_full(p_library pgshelf.libraries) returns jsonb
-  immutable parallel safe language sql
+  immutable parallel safe language sql set search_path = pg_catalog, pg_temp
 as $$
   select case p_library.index ->> 'type' when 'auto' then pgshelf.index_that_fits(p_library.dimension, p_library.metric)
     else pgshelf.complete_index(p_library.index, p_library.dimension, p_library.metric) end
@@ -204,6 +204,7 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(p_library);
   v_task text;
 begin
+  perform pgshelf.check_writable(v_library);
   perform pgshelf.check_index(p_index, v_library.dimension, v_library.metric);
   select * into v_library from pgshelf.libraries l where l.id = v_library.id and l.deleted_at is null for no key update;
   if not found then
@@ -674,7 +675,7 @@ end $$;
 -- with pgvector 0.8.5, the seconds on two cores of a small server; those are no promise.
 create or replace function pgshelf.index_estimate(p_index jsonb, p_rows bigint, p_dimension int, p_memory bigint,
   out bytes bigint, out memory_bytes bigint, out seconds float8)
-  immutable parallel safe language sql
+  immutable parallel safe language sql set search_path = pg_catalog, pg_temp
 as $$
   select (p_rows * case v.type when 'flat' then 0 when 'kdtree' then 80 when 'ivfflat' then v.key + 24
       else 1.05 * (v.key + 104 + 12.5 * v.m) end

@@ -9,7 +9,7 @@ create or replace function pgshelf.library_index(p_library uuid)
   stable security definer language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_library pgshelf.libraries := pgshelf.library_named(p_library::text);
+  v_library pgshelf.libraries := pgshelf.library_named(p_library::text, 'monitor');
   v_index oid := to_regclass(format('pgshelf.chunks_s%s_v%s', v_library.shelf, v_library.index_actual ->> 'serial'));
 begin
   select p.progress, p.phase into progress, phase from pgshelf.index_progress(v_library) p;
@@ -57,11 +57,11 @@ begin
   end if;
 end $$;
 
-create or replace view pgshelf.index_status as
+create or replace view pgshelf.index_status with (security_barrier) as
   select l.name as library, i.wanted, i.actual, i.state, i.progress, i.phase, i.bytes, i.rows, i.valid, i.error, i.shelf, i.moving,
     l.id as library_id
   from pgshelf.libraries l cross join lateral pgshelf.library_index(l.id) i
-  where l.deleted_at is null;
+  where l.deleted_at is null and pgshelf.granted(l.id, 'monitor');
 
 -- How well the index of a library finds, measured now: searches for vectors of the library itself, drawn at random, with the index
 -- and exactly. recall is the share of the true k nearest that the index found (an equal distance counts), found_self the share of

@@ -57,3 +57,13 @@ comment on column pgshelf.pending_embeddings.failed is 'Given up, with the reaso
 comment on function pgshelf.retry_embeddings is
   'Lets the worker try again what was given up, and returns how many chunks: select pgshelf.retry_embeddings(''handbook'', ''{"year": 2025}''). '
   'Without a filter those of all documents.';
+
+comment on function pgshelf.granted(uuid, text) is
+  'Whether you have a library, by its id: ''monitor'' (its numbers), ''read'' or ''write''; null stands for all libraries.';
+comment on function pgshelf.granted_libraries(text) is 'The ids of the libraries that were granted to you one by one.';
+comment on function pgshelf.grant_library(text, text, text) is
+  'Lets a role read or write libraries, or see their numbers: select pgshelf.grant_library(''analyst'', ''handbook'', ''read''). '
+  'The library is a name, an id, a pattern (team-*: those that are there now) or * (all, those to come included).';
+comment on function pgshelf.revoke_library(text, text) is
+  'Takes back what grant_library gave: select pgshelf.revoke_library(''analyst'', ''handbook''); with * everything.';
+comment on view pgshelf.audit_view is 'The audit log: who did what to which library, and which attempts were refused.';

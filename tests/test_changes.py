@@ -161,6 +161,7 @@ def test_the_feed_is_for_readers(sessions: list[Connection]) -> None:
     session, writer, _ = sessions
     writer.execute(PUT, ["a"])
     writer.execute("select pgshelf.stamp_all_changes()")
+    session.execute("select pgshelf.grant_library('pgshelf_reader', 'notes')")
     session.execute("set role pgshelf_reader")
     assert session.execute(READ).fetchall() == [(1, "a")]
     with pytest.raises(psycopg.errors.InsufficientPrivilege):

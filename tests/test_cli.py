@@ -24,6 +24,7 @@ import httpx2
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from psycopg.conninfo import conninfo_to_dict
 
 import pgshelf
 from pgshelf import cli, embedded, migrate
@@ -32,6 +33,7 @@ from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
 from tests.openai_server import OpenAIServer
 from tests.postgres import Server, on_database
+from tests.roles import ask, logins
 from tests.soak.crash import ended, workers_of
 
 bundled = pytest.mark.xdist_group("bundled")  # one data directory, used by one test after the other
@@ -152,6 +154,18 @@ BROKEN = {
         "fail", "reindex index concurrently pgshelf.chunks_s0_id_idx",
     ),
     "a role without grants": ("revoke usage on schema pgshelf from pgshelf_reader", "warn", "no grants here"),
+    "a superuser": ("select 1", "warn", "is a superuser, more than pgshelf needs"),
+    "a table granted by hand": (
+        "grant select on pgshelf.documents to pgshelf_reader", "warn",
+        "revoke all on pgshelf.documents from pgshelf_reader",
+    ),
+    "a shelf granted by hand": (
+        "grant select on pgshelf.chunks_s0 to pgshelf_service", "warn", "was granted a shelf, where nothing hides"
+    ),
+    "grants of a role that is gone": (
+        "insert into pgshelf.grants (role, access) values ('who was', 'read')", "warn",
+        "select pgshelf.revoke_library('who was', '*')",
+    ),
     "chunks that were given up": (
         """insert into pgshelf.libraries (name, dimension, embedder, chunking)
            values ('n', 4, '{"provider": "local", "dimension": 4}', '{}');
@@ -161,6 +175,29 @@ BROKEN = {
     ),
     "a missing view": ("drop view pgshelf.pending_embeddings", "fail", "pending: relation"),
 }  # fmt: skip
+
+
+def test_doctor_knows_the_roles(run: Run, database_url: str, vector_schema: str) -> None:
+    owner = "select relowner::regrole::text from pg_class where oid = 'pgshelf.chunks'::regclass"
+    with logins(database_url, vector_schema) as login:
+        serves = login("pgshelf_service")
+        told = {
+            "may not serve: a DBA runs grant pgshelf_service": login("pgshelf_reader"),
+            "may serve; indexes are built by pgshelf worker": serves,
+            "above row security (BYPASSRLS)": login("pgshelf_service", options="bypassrls"),
+        }
+        for said, url in told.items():
+            assert said in run("doctor", url=url).output
+        [(name,)] = ask(database_url, owner)
+        made = login("pgshelf_worker")
+        ask(database_url, f"grant {name} to {conninfo_to_dict(made)['user']} with inherit false, set true")
+        result = run("doctor", url=made)
+        assert f"may become the owner, {name}: it is one for pgshelf worker" in result.output
+        assert (result.exit_code, lines(result, "fail")) == (0, [])
+        ask(database_url, "select pgshelf.revoke_library('pgshelf_service', '*')")
+        result = run("doctor", url=serves)
+        assert "was not granted all libraries" in result.output
+        assert (result.exit_code, lines(result, "fail")) == (0, [])
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -579,6 +579,7 @@ async def test_the_status_is_for_analysts(db: Connection, small: Settings, datab
     await reconcile(small)
     db.execute(f"analyze pgshelf.chunks_s{state(db, library)['shelf']}")
     with psycopg.connect(database_url, autocommit=True) as analyst:
+        analyst.execute("select pgshelf.grant_library('pgshelf_reader', '*')")
         analyst.execute("set role pgshelf_reader")
         rows = analyst.execute(
             "select library, wanted, actual ->> 'type', state, progress, phase, bytes > 0, rows, valid, error"

@@ -25,7 +25,7 @@ from pgshelf.cli import main
 from pgshelf.tables import metadata
 from tests.postgres import Choice, Databases, Server, on_database, start_server
 
-ROLES = ("pgshelf_reader", "pgshelf_writer")
+ROLES = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service", "pgshelf_worker")
 CLONE = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 Connect = Callable[[str], psycopg.Connection[Any]]
@@ -758,7 +758,9 @@ def test_an_owner_of_the_database_needs_no_superuser(cluster: Cluster, capfd: py
     migrate.upgrade(url)
     assert "missing" not in capfd.readouterr().err
     for role in ROLES:
-        assert one(url, f"select has_table_privilege('{role}', 'pgshelf.documents_view', 'select')")
+        assert one(url, f"select has_schema_privilege('{role}', 'pgshelf', 'usage')")
+        reads = role in ("pgshelf_reader", "pgshelf_writer", "pgshelf_service")
+        assert one(url, f"select has_table_privilege('{role}', 'pgshelf.documents_view', 'select')") == reads
     migrate.downgrade(url)
     assert dump(url) == before
     assert set(ROLES) <= cluster.roles()  # the DBA's own

@@ -286,6 +286,43 @@ def test_a_scan_that_comes_up_short_is_followed_by_all(connection: Connection) -
     assert found["Actual Rows"] == ROWS
 
 
+HOW = ("Node Type", "Relation Name", "Index Name", "Subplan Name", "Filter", "Index Cond", "Recheck Cond", "Order By")
+
+
+def shape(root: Plan) -> list[dict[str, Any]]:
+    """A plan as far as it says how, without what it took."""
+    return [{name: node[name] for name in HOW if name in node} for node in nodes(root)]
+
+
+@pytest.mark.parametrize("library", ["halfvec", "lsh", "flat", "shared"])
+def test_the_plans_of_who_was_granted_a_library_are_those_of_its_owner(connection: Connection, library: str) -> None:
+    """Row security takes no index away, and no policy is asked: the statement runs with the owner's rights."""
+    ask = "select pgshelf.explain_search(%s, %s::vector, %s, filter => %s) -> 'plan' -> 'Plan'"
+    vector, text = "[0.1, 0.2, -0.3, 0.1]", "word1"
+    questions: list[tuple[str | None, str | None, Any]] = [
+        (vector, None, None),
+        (vector, None, FEW),
+        (vector, None, RARE),
+        (vector, None, MANY),
+    ]
+    questions += [(None, text, None), (None, text, RARE), (vector, text, MANY)]
+
+    def plans() -> list[Plan]:
+        asked = [[library, first, words, Jsonb(found) if found else None] for first, words, found in questions]
+        return [connection.execute(ask, each).fetchone()[0] for each in asked]  # type: ignore[index]  # one row each
+
+    owners = plans()
+    connection.execute("select pgshelf.grant_library('pgshelf_reader', %s)", [library])
+    connection.execute("set role pgshelf_reader")
+    try:
+        members = plans()
+    finally:
+        connection.execute("reset role")
+        connection.execute("select pgshelf.revoke_library('pgshelf_reader', '*')")
+    assert [shape(plan) for plan in members] == [shape(plan) for plan in owners]
+    assert "granted" not in json.dumps(members)
+
+
 def test_with_a_thousand_libraries_it_is_the_same(connection: Connection) -> None:
     connection.execute(
         """insert into pgshelf.libraries (name, dimension, embedder, chunking)

@@ -29,6 +29,8 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "allowed_hosts": ("search.example.org", "search.example.org", None),
     "cors_origins": ("https://app.example.org", "https://app.example.org", "app.example.org"),
     "token_lifetime": ("600", 600, "9"),
+    "audit": ("false", False, "perhaps"),
+    "audit_retention": ("30", 30.0, "0"),
     "jwt_role_claim": ("roles", "roles", None),
     "jwt_roles": ("ops=admin,team=reader", "ops=admin,team=reader", "ops=root"),
     "jwt_libraries_claim": ("libraries", "libraries", None),

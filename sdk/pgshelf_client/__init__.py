@@ -26,6 +26,7 @@ from .errors import (
     Unprocessable,
 )
 from .types import (
+    AuditEntry,
     BatchItem,
     BatchResult,
     Change,
@@ -74,6 +75,7 @@ __all__ = [
     "UNSET",
     "ApiError",
     "AsyncClient",
+    "AuditEntry",
     "BadGateway",
     "BadRequest",
     "BatchItem",

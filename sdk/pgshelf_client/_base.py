@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from .errors import UnexpectedAnswer
 from .types import (
+    AuditEntry,
     BatchResult,
     Changes,
     Chunk,
@@ -81,6 +82,7 @@ EXPORTED = msgspec.json.Decoder(ExportedDocument)
 HEALTH = msgspec.json.Decoder(Health)
 API_KEY = msgspec.json.Decoder(Key)
 API_KEYS = msgspec.json.Decoder(Page[Key])
+AUDIT = msgspec.json.Decoder(Page[AuditEntry])
 NEW_KEY = msgspec.json.Decoder(NewKey)
 TOKEN = msgspec.json.Decoder(Token)
 LIBRARIES = msgspec.json.Decoder(Page[Library])

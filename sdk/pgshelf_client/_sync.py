@@ -18,6 +18,7 @@ from ._lanes import Lanes, Source, each
 from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
+    AuditEntry,
     BatchResult,
     Change,
     Changes,
@@ -226,6 +227,31 @@ class Client:
         """Exchange this client's key for a token, which may do less and lives for `expires_in` seconds."""
         body = given(role=role, libraries=listed(libraries), expires_in=expires_in)
         return self._fetch(self._routes.call("POST", "token", body=body), base.TOKEN)
+
+    # The audit log
+
+    def audit(
+        self,
+        *,
+        action: str | None = None,
+        library: Name | None = None,
+        since: datetime | None = None,
+        outcome: str | None = None,
+        page_size: int | None = None,
+    ) -> Iterator[AuditEntry]:
+        """Who did what, newest first; all of it, or one action, library or outcome ("done" or "refused").
+
+        `since` needs a time zone. It takes a key of the role admin for all libraries.
+        """
+        moment = None if since is None else since.isoformat()
+        params = {
+            "action": action,
+            "library": None if library is None else str(library),
+            "since": moment,
+            "outcome": outcome,
+            "limit": page_size,
+        }
+        return self._items(self._routes.call("GET", "audit", params=params), base.AUDIT)
 
     # Indexes
 

@@ -507,6 +507,24 @@ class NewKey(Key, frozen=True, kw_only=True):
     secret: str
 
 
+class AuditEntry(Answer, frozen=True):
+    """Who did what to which library, or was refused it (`outcome`); what the library was called then."""
+
+    id: str
+    at: datetime
+    action: str
+    outcome: str
+    principal_kind: str
+    principal: str
+    principal_id: str | None = None
+    library_id: str | None = None
+    library: str | None = None
+    document: str | None = None
+    count: int = 1
+    detail: str | None = None
+    request_id: str | None = None
+
+
 class Token(Answer, frozen=True):
     """A token made from a key: an `api_key` for minutes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import re
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +17,8 @@ from litestar.params import SkipValidation
 from sqlalchemy import ARRAY, ColumnElement, Text, cast, func
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import credentials, database, http
-from pgshelf.errors import Problem, invalid
+from pgshelf import auditing, credentials, database, http
+from pgshelf.errors import CODES, Problem, invalid
 from pgshelf.jwts import ROLES, Issuer
 from pgshelf.settings import Settings, is_loopback, listed
 from pgshelf.tables import libraries
@@ -90,6 +91,7 @@ RULES: dict[str, Rule] = {
     "revokeKey": KEYS,
     "rotateKey": KEYS,
     "createToken": Rule("reader"),
+    "listAudit": KEYS,
 }
 
 
@@ -158,20 +160,31 @@ class Guard:
         self._open_until = 0.0
         self._used: set[UUID] = set()
         self._noting: asyncio.Task[None] | None = None
+        self._refusals = auditing.Refusals(engine) if settings.audit else None
 
     async def close(self) -> None:
         """Give back what it holds."""
         if self._noting is not None:
             await self._noting
+        if self._refusals is not None:
+            await self._refusals.close()
         await self._beside.close()
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
         """Behind routing: let a request through, with its `pgshelf_principal`, or answer it."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == ScopeType.HTTP:
+            if scope["type"] != ScopeType.HTTP:
+                await app(scope, receive, send)
+                return
+            try:
                 await self._admit(scope, receive)
+            except Problem as problem:
+                self._note_refusal(scope, problem.code, getattr(problem, "who", None))
+                raise
             await app(scope, receive, send)
+            if (code := scope.get("pgshelf_problem")) is not None:  # what a handler raised was answered below
+                self._note_refusal(scope, str(code), None)
 
         return guarded
 
@@ -186,11 +199,11 @@ class Guard:
             raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
         named = scope["path_params"].get("library") if rule.library in ("path", "renamed") else None
         principal, library = await self._who(headers.get(b"authorization"), rule, named)
+        scope["pgshelf_principal"] = principal
         if not principal.may(rule.role):
             raise Problem("forbidden", _lacks(principal, rule.role))
         if rule.everything and principal.scopes:
             raise Problem("forbidden", f"It takes a {principal.kind} that sees all libraries; this one sees only some.")
-        scope["pgshelf_principal"] = principal
         if not principal.scopes:
             return
         if named is not None:
@@ -200,6 +213,23 @@ class Guard:
             scope["path_params"]["library"] = str(library)
         if rule.library in ("listed", "named", "renamed"):
             await self._check_body(principal, rule, Request(scope, receive))
+
+    def _note_refusal(self, scope: Any, code: str, who: Principal | None) -> None:
+        """Note for the audit log that somebody was not let in, or to do what it asked for."""
+        if self._refusals is None or CODES[code][0] not in (401, 403):
+            return
+        operation = scope["route_handler"].operation_id or ""
+        who = who or scope.get("pgshelf_principal")
+        # nobody else can say who it is: the other end of the connection
+        name = (scope.get("client") or ("",))[0] if who is None else who.name
+        entry = auditing.Entry(
+            auditing.OPERATIONS.get(operation, "access"),
+            *("anybody" if who is None else who.kind, name, None if who is None else who.id),
+            library=scope["path_params"].get("library"),
+            request_id=scope["pgshelf_request_id"],
+            detail=f"{operation}: {code}",
+        )
+        self._refusals.note(entry)
 
     def _check_host(self, host: str) -> None:
         if self._hosts and not is_allowed_host(host, self._hosts):
@@ -239,7 +269,10 @@ class Guard:
             todo = {"key_revoked": "Ask for another one.", "key_expired": "Get another one, or the newer secret."}[
                 fault
             ]
-            raise _unauthorized(fault, f"The {'token' if token else 'key'} is no longer valid. {todo}", wrong=True)
+            who = Principal("token" if token else "key", name, role, (), key)
+            raise _unauthorized(
+                fault, f"The {'token' if token else 'key'} is no longer valid. {todo}", wrong=True, who=who
+            )
         if unnoted:
             self._note(key)
         scopes = tuple(each for each in (scope, within) if each is not None)
@@ -289,10 +322,13 @@ class Guard:
         return bool(self._closed)
 
     def _note(self, key: UUID) -> None:
-        """Record that a key was used, in nobody's way; should it fail, the next use records it."""
+        """Record that a key was used, in nobody's way; should it fail, the next use records it.
+
+        It is no part of the request: not of its timings, nor of its log lines.
+        """
         self._used.add(key)
         if self._noting is None or self._noting.done():
-            self._noting = asyncio.create_task(self._write_used())
+            self._noting = asyncio.create_task(self._write_used(), context=contextvars.Context())
 
     async def _write_used(self) -> None:
         keys, self._used = list(self._used), set()
@@ -359,6 +395,14 @@ def _lacks(principal: Principal, role: str) -> str:
     return f"It takes the role {role}, and the {principal.kind} has the role {principal.role}."
 
 
-def _unauthorized(code: str, detail: str, *, wrong: bool = False) -> Problem:
+class Unauthorized(Problem):
+    """Somebody was not let in; `who`, where the secret was that of a key."""
+
+    who: Principal | None = None
+
+
+def _unauthorized(code: str, detail: str, *, wrong: bool = False, who: Principal | None = None) -> Problem:
     challenge = 'Bearer realm="pgshelf"' + (', error="invalid_token"' if wrong else "")
-    return Problem(code, detail, headers={"WWW-Authenticate": challenge})
+    problem = Unauthorized(code, detail, headers={"WWW-Authenticate": challenge})
+    problem.who = who
+    return problem

@@ -18,6 +18,7 @@ from litestar.router import Router
 from pgshelf import (
     __version__,
     access,
+    audit,
     batch,
     changes,
     chunks,
@@ -56,6 +57,7 @@ TAGS = [
     Tag("search", "Find the nearest chunks."),
     Tag("changes", "What happens in a library, one after the other."),
     Tag("keys", "Who may call, with which role, and which libraries each sees. docs/security.md has the whole of it."),
+    Tag("audit", "Who did what to which library."),
     Tag("health", "For load balancers and operators."),
 ]
 BEARER = SecurityScheme(
@@ -92,7 +94,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
-    handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router]
+    handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router, audit.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
@@ -101,6 +103,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: readers, sync_to_thread=False),
             "once": Provide(idempotency.once),
+            "audited": Provide(idempotency.audited, sync_to_thread=False),
             "principal": Provide(access.principal, sync_to_thread=False),
         },
         dto=http.Body,

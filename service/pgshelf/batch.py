@@ -79,6 +79,7 @@ async def add_documents(
 
         async def write(connection: AsyncConnection) -> Answer[DocumentResults]:
             await bulk.write(connection, config, items)
+            once.note(count=sum(item.problem is None for item in items))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
         return await once.run(write)

@@ -325,6 +325,9 @@ DATA_DIR = click.option(
 )
 
 
+AUDIT = "select pgshelf.audit_role(%s, null, %s)"
+
+
 @contextlib.contextmanager
 def _keys(data_dir: Path | None) -> Iterator[psycopg.Connection[Any]]:
     """A connection to the database that has the keys; what it refuses ends the command."""
@@ -372,7 +375,9 @@ def keys_create(name: str, role: str, scope: tuple[str, ...], ends: datetime | N
         keys.check_name(name)
         keys.check_expiry(ends)
         given = [name, role, keys.stored_scope(list(scope) or None), ends, made.hash, made.hint]
-        connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
+        with connection.transaction():
+            connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
+            connection.execute(AUDIT, ["key.create", name])
     click.echo(made.secret)
     click.echo("Keep it now: it cannot be shown again.", err=True)
 
@@ -403,7 +408,9 @@ def keys_list(revoked: bool, data_dir: Path | None) -> None:
 def keys_revoke(key: str, data_dir: Path | None) -> None:
     """End KEY (its name or id) and all its tokens, at once in every running service."""
     with _keys(data_dir) as connection:
-        connection.execute("select pgshelf.revoke_key(%s)", [key])
+        with connection.transaction():
+            connection.execute("select pgshelf.revoke_key(%s)", [key])
+            connection.execute(AUDIT, ["key.revoke", key])
     click.echo(f"{key} is revoked")
 
 
@@ -418,7 +425,9 @@ def keys_rotate(key: str, overlap: int, data_dir: Path | None) -> None:
     made = credentials.mint()
     with _keys(data_dir) as connection:
         given = [key, made.hash, made.hint, timedelta(seconds=overlap)]
-        connection.execute("select pgshelf.rotate_key(%s, %s, %s, %s, null, false)", given)
+        with connection.transaction():
+            connection.execute("select pgshelf.rotate_key(%s, %s, %s, %s, null, false)", given)
+            connection.execute(AUDIT, ["key.rotate", key])
     click.echo(made.secret)
     click.echo("Keep it now: it cannot be shown again.", err=True)
 

@@ -39,6 +39,14 @@ join pg_catalog.pg_namespace n on n.oid = t.typnamespace
 join pg_catalog.pg_extension e on e.extname = 'vector' and e.extnamespace = t.typnamespace
 where t.typname = 'vector'
 """
+# Whoever may be the owner of the tables becomes it, for what is made must belong to the same role as all the rest.
+# Tells who the owner is and whether the session is; nothing before the first migration.
+BECOME_OWNER = """
+select r.rolname, case when r.rolname = current_user then true when pg_has_role(session_user, r.oid, 'set')
+  then set_config('role', r.rolname, false) is not null else false end
+from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace and n.nspname = 'pgshelf'
+join pg_catalog.pg_roles r on r.oid = c.relowner where c.relname = 'chunks'
+"""
 
 
 def dsn(url: str, **parameters: str | int) -> str:
@@ -59,8 +67,11 @@ def connect(url: str, name: str) -> psycopg.Connection[Any]:
     return psycopg.connect(target, autocommit=True)
 
 
-def make_engine(settings: Settings, url: str) -> AsyncEngine:
-    """The pool of a serving process. Custom plans always: a generic one would lock every shelf."""
+def make_engine(settings: Settings, url: str, *, owner: bool = False) -> AsyncEngine:
+    """The pool of a serving process. Custom plans always: a generic one would lock every shelf.
+
+    With `owner`, its sessions become the owner of the tables if they may.
+    """
     options = (
         f"-c statement_timeout={int(settings.statement_timeout * 1000)}"
         f" -c lock_timeout={int(settings.lock_timeout * 1000)}"
@@ -79,6 +90,9 @@ def make_engine(settings: Settings, url: str) -> AsyncEngine:
         try:
             row = await (await connection.execute(VECTOR_TYPE)).fetchone()
             await connection.rollback()
+            if owner:
+                await connection.execute(BECOME_OWNER)
+                await connection.commit()
         except BaseException:  # cancelled, too: nobody else knows this connection yet
             await connection.close()
             raise

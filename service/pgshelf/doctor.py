@@ -38,8 +38,10 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
         )
         return
     with connection:
+        yield from _rights(connection, settings)
+        connection.execute(database.BECOME_OWNER)  # as a worker does, who sees nothing before
         there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
-        within = (_roles, _indexes, _pending) if there else ()  # what looks into the schema
+        within = (_roles, _beyond, _indexes, _pending) if there else ()  # what looks into the schema
         for look in (_server, _extension, _schema, *within, _parameters):
             try:
                 yield from look(connection)
@@ -108,8 +110,65 @@ def _schema(connection: Connection) -> Iterator[Finding]:
         )
 
 
+RIGHTS = """
+select session_user::text, r.rolsuper, r.rolbypassrls, o.rolname, pg_has_role(session_user, o.oid, 'usage'),
+  pg_has_role(session_user, o.oid, 'set'),
+  coalesce(pg_has_role(session_user, to_regrole('pgshelf_service'), 'usage'), false)
+from pg_roles r, pg_class c join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'pgshelf'
+join pg_roles o on o.oid = c.relowner where r.rolname = session_user and c.relname = 'chunks'
+"""
+# Whoever was granted a table itself: row security guards those, and nothing guards a shelf.
+BY_HAND = """
+select c.oid::regclass::text, coalesce(r.rolname, 'public'), c.relname ~ '^chunks_s' from pg_class c
+cross join lateral aclexplode(c.relacl) a left join pg_roles r on r.oid = a.grantee
+where c.relnamespace = 'pgshelf'::regnamespace and c.relkind in ('r', 'p') and a.grantee <> c.relowner
+  and (a.grantee is distinct from to_regrole('pgshelf_service')::oid or c.relname ~ '^chunks_s')
+group by 1, 2, 3 order by 1, 2
+"""
+LOST = """
+select distinct g.role from pgshelf.grants g where to_regrole(quote_ident(g.role)) is null order by 1
+"""
+OTHERS = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service")
+
+
+def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """What the role that connects may do: too little, enough, too much."""
+    found = _one(connection, RIGHTS)
+    if found is None:
+        return
+    role, superuser, bypasses, owner, owns, may_own, serves = found
+    if superuser or bypasses:
+        what = "a superuser" if superuser else "above row security (BYPASSRLS)"
+        if settings.database_url is not None:  # the bundled PostgreSQL has no other
+            yield Finding("warn", f"the role {role} is {what}, more than pgshelf needs: see docs/deployment.md")
+    elif owns:
+        yield Finding("ok", f"the role {role} has the rights of the owner: it may migrate, serve and build")
+    elif may_own:
+        yield Finding("ok", f"the role {role} may become the owner, {owner}: it is one for pgshelf worker")
+    elif serves:
+        yield Finding("ok", f"the role {role} may serve; indexes are built by pgshelf worker, as a member of {owner}")
+        if not (_one(connection, "select pgshelf.granted(null, 'write')") or (False,))[0]:
+            yield Finding("warn", f"the role {role} was not granted all libraries: its service sees only some")
+    else:
+        yield Finding("fail", f"the role {role} may not serve: a DBA runs grant pgshelf_service to {role}")
+
+
+def _beyond(connection: Connection) -> Iterator[Finding]:
+    """Rights that somebody has beside the grants."""
+    for table, role, shelf in connection.execute(BY_HAND.encode()):
+        why = "a shelf, where nothing hides a library" if shelf else "a table; views and functions are what is meant"
+        yield Finding("warn", f"the role {role} was granted {why}: revoke all on {table} from {role}")
+    above = "select rolname from pg_roles where rolname = any (%s) and (rolsuper or rolbypassrls) order by 1"
+    for (role,) in connection.execute(above.encode(), [list(OTHERS)]):
+        yield Finding("warn", f"the role {role} is above row security, and so are its members: alter role {role}")
+    if (_one(connection, "select has_table_privilege('pgshelf.grants', 'select')") or (False,))[0]:
+        for (role,) in connection.execute(LOST.encode()):
+            text = f"the role {role} is gone, its grants are not: select pgshelf.revoke_library('{role}', '*')"
+            yield Finding("warn", text)
+
+
 def _roles(connection: Connection) -> Iterator[Finding]:
-    for role in ("pgshelf_reader", "pgshelf_writer"):
+    for role in OTHERS:
         if _one(connection, "select 1 from pg_roles where rolname = %s", role) is None:
             yield Finding(
                 "warn", f"the role {role} is missing: a DBA runs create role {role} nologin, then pgshelf migrate"

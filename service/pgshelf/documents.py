@@ -361,6 +361,7 @@ async def update_documents(
             "select pgshelf.update_documents(%s, %s, %s, %s, %s)",
             library, condition, changes, data.max_affected, data.dry_run,
         )  # fmt: skip
+        once.note(count=0 if data.dry_run else rows[0][0])
         return Answer(Affected(rows[0][0]), status_code=200)
 
     return await once.run(change, single=True)
@@ -384,6 +385,7 @@ async def delete_documents(library: LibraryName, data: JSONBody[DeleteDocuments]
             "select pgshelf.delete_documents(%s, %s, %s, %s)",
             library, condition, data.max_affected, data.dry_run,
         )  # fmt: skip
+        once.note(count=0 if data.dry_run else rows[0][0])
         return Answer(Affected(rows[0][0]), status_code=200)
 
     return await once.run(remove, single=True)
@@ -426,6 +428,7 @@ async def _write(
             written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
             made = 201 if created else 200
             found = await _read(connection, str(prepared.library.id), str(written))
+            once.note(library=str(prepared.library.id), document=found.key or str(written))
             return _answer(found, 202 if found.chunks.pending else made, path)
 
         return prepared, await once.run(write)

@@ -104,7 +104,8 @@ async def cancel_embedder(library: LibraryName, once: Write) -> Answer[EmbedderS
     """Call off a change of the embedder: the library keeps the one in use, which may be the new one already."""
 
     async def cancel(connection: AsyncConnection) -> Answer[EmbedderState]:
-        await database.rows(connection, "select pgshelf.cancel_embedder(%s)", library)
+        cancelled = await database.rows(connection, "select pgshelf.cancel_embedder(%s)", library)
+        once.note(count=int(cancelled[0][0]))
         return Answer(_state((await database.rows(connection, STATUS, library))[0]), status_code=200)
 
     return await once.run(cancel)

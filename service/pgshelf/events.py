@@ -73,6 +73,7 @@ async def add_event(
     async def add(connection: AsyncConnection) -> Answer[EventTaken]:
         found = await database.rows(connection, ADD, prepared.library.id, key, sent, about, texts)
         document_id, duplicate = found[0]
+        once.note(document=key, count=int(not duplicate))
         path = f"{settings.api_prefix}/libraries/{quote(library, safe='')}/documents/{document_id}"
         taken = EventTaken(data.id, document_id, key, duplicate)
         return Answer(taken, status_code=202, headers={"Location": path})

@@ -15,10 +15,10 @@ from litestar.serialization import default_serializer
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from pgshelf import database
-from pgshelf.access import Caller
+from pgshelf import auditing, database
+from pgshelf.access import Caller, Principal
 from pgshelf.errors import Problem
-from pgshelf.http import Answer, Engine
+from pgshelf.http import Answer, Config, Engine
 
 REPLAYED = "Idempotent-Replayed"
 Key = Annotated[
@@ -50,13 +50,31 @@ class Once:
     nothing was written, so the same key may try again.
     """
 
-    def __init__(self, engine: AsyncEngine, owner: str, key: str | None, request: bytes) -> None:
-        self.engine, self.owner, self.key, self.request = engine, owner, key, request
+    def __init__(
+        self, engine: AsyncEngine, owner: str, key: str | None, request: bytes, entry: auditing.Entry | None = None
+    ) -> None:
+        self.engine, self.owner, self.key, self.request, self.entry = engine, owner, key, request, entry
+
+    def note(self, **facts: Any) -> None:
+        """What the audit log shall say that the request does not: `count` (0: nothing was done), `library` ..."""
+        if self.entry is not None:
+            self.entry = msgspec.structs.replace(self.entry, **facts)
+
+    async def record(self, connection: AsyncConnection) -> None:
+        """Write into the audit log what the transaction of `connection` has done."""
+        if self.entry is not None and self.entry.count:
+            await auditing.add(connection, self.entry)
 
     async def run(self, work: Work, *, single: bool = False) -> Answer[Any]:
         """Do `work` in a transaction, or answer what it answered before; `single` as in `database.transaction`."""
+
+        async def recorded(connection: AsyncConnection) -> Answer[Any]:
+            answer = await work(connection)
+            await self.record(connection)
+            return answer
+
         if self.key is None:
-            return await database.retried(self.engine, work, single=single)
+            return await database.retried(self.engine, recorded, single=single and self.entry is None)
 
         async def claimed(connection: AsyncConnection) -> Answer[Any]:
             try:
@@ -66,7 +84,7 @@ class Once:
                 raise Problem("idempotency_key_in_use", detail) from None
             if found[1] is not None:
                 return self._answer(found)
-            answer = await work(connection)
+            answer = await recorded(connection)
             body = None if answer.content is None else msgspec.json.encode(answer.content, enc_hook=default_serializer)
             kept = (answer.status_code, Jsonb(dict(answer.headers)), body)
             await database.rows(connection, KEEP, *kept, self.owner, self.key)
@@ -88,7 +106,9 @@ class Once:
         return Answer(content, status_code=status, headers=headers | {REPLAYED: "true"})
 
 
-async def once(engine: Engine, request: Request[Any, Any, Any], principal: Caller, idempotency_key: Key = None) -> Once:
+async def once(
+    engine: Engine, settings: Config, request: Request[Any, Any, Any], principal: Caller, idempotency_key: Key = None
+) -> Once:
     """The dependency `once` of a handler that writes."""
     digest = hashlib.sha256()
     if idempotency_key is not None:
@@ -96,7 +116,25 @@ async def once(engine: Engine, request: Request[Any, Any, Any], principal: Calle
         target = (request.method, scope["path"], scope["query_string"], request.headers.get("if-match", ""))
         digest.update(msgspec.msgpack.encode(target))
         digest.update(await request.body())
-    return Once(engine, principal.owner, idempotency_key, digest.digest())
+    entry = _entry(request, principal) if settings.audit else None
+    return Once(engine, principal.owner, idempotency_key, digest.digest(), entry)
+
+
+def audited(engine: Engine, settings: Config, request: Request[Any, Any, Any], principal: Caller) -> Once:
+    """The dependency `audited` of a handler that writes and takes no Idempotency-Key."""
+    return Once(engine, principal.owner, None, b"", _entry(request, principal) if settings.audit else None)
+
+
+def _entry(request: Request[Any, Any, Any], principal: Principal) -> auditing.Entry:
+    scope: Any = request.scope
+    named = request.path_params
+    return auditing.Entry(
+        auditing.OPERATIONS[scope["route_handler"].operation_id],
+        *(principal.kind, principal.name, principal.id),
+        *(named.get("library"), named.get("document"), scope["pgshelf_request_id"]),
+        detail=named.get("chunk") or named.get("key"),
+    )
 
 
 Write = NamedDependency[SkipValidation[Once]]
+Audited = NamedDependency[SkipValidation[Once]]

@@ -24,6 +24,7 @@ from pgshelf import bulk, database
 from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import NDJSON, Config, Duplex, Engine, LibraryName, problems
+from pgshelf.idempotency import Audited, Once
 from pgshelf.ingest import DocumentInput, checked
 from pgshelf.settings import Settings
 
@@ -151,8 +152,10 @@ class Part(msgspec.Struct):
 class Import:
     """One import of one runner."""
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, library: LibraryConfig, name: str | None) -> None:
-        self.engine, self.settings, self.library, self.name = engine, settings, library, name
+    def __init__(
+        self, engine: AsyncEngine, settings: Settings, library: LibraryConfig, name: str | None, audited: Once
+    ) -> None:
+        self.engine, self.settings, self.library, self.name, self.audited = engine, settings, library, name, audited
         self.wait = library.embedder["provider"] == "local"
         self.runner = uuid.uuid4()
         self.id: uuid.UUID | None = None
@@ -315,6 +318,8 @@ class Import:
         async def write(connection: AsyncConnection) -> None:
             await database.rows(connection, going_on, self.id, self.runner, LEASE, part.last, part.checksum)
             await bulk.write(connection, self.library, part.items)
+            self.audited.note(count=sum(item.problem is None for item in part.items))
+            await self.audited.record(connection)
 
         await asked_again(embed_and_write)
         self.committed = part.last
@@ -406,6 +411,7 @@ async def import_documents(
     request: Request[Any, Any, Any],
     engine: Engine,
     settings: Config,
+    audited: Audited,
     wait: ImportWait = None,
     name: ImportName = None,
     encoding: Encoding = None,
@@ -415,7 +421,7 @@ async def import_documents(
         raise Problem(
             "unsupported_media_type", f"Send the lines as they are or packed by gzip, not {encoding[:100]!r}."
         )
-    run = Import(engine, settings, await library_config(engine, library), name)
+    run = Import(engine, settings, await library_config(engine, library), name, audited)
     if wait is not None:
         run.wait = wait and run.library.embedder["provider"] != "none"
     await run.begin()

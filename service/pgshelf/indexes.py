@@ -98,6 +98,7 @@ async def put_index(library: LibraryName, data: JSONBody[IndexChoice], once: Wri
         ask = "select pgshelf.want_index(%s, %s, %s)"
         asked = await database.rows(connection, ask, library, Jsonb(data.wanted()), settings.promote_at)
         found = await database.rows(connection, STATUS, library, settings.index_memory_bytes)
+        once.note(count=int(asked[0][0]))
         return Answer(_index(found[0]), status_code=202 if asked[0][0] else 200)
 
     return await once.run(want)

@@ -17,7 +17,7 @@ from pgshelf import credentials, database
 from pgshelf.access import Caller, canonical
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import After, Answer, Config, Engine, Limit, Page, as_id, cursor, page_size, position, problems
-from pgshelf.idempotency import Write
+from pgshelf.idempotency import Audited, Write
 from pgshelf.tables import keys
 
 Role = Literal["reader", "writer", "admin"]
@@ -137,16 +137,21 @@ where s.key_id = any (%s) and not s.token and coalesce(s.expires_at > now(), tru
     summary="Create a key",
     operation_id="createKey",
 )
-async def create_key(data: JSONBody[CreateKey], engine: Engine, settings: Config) -> Answer[NewKey]:
+async def create_key(data: JSONBody[CreateKey], audited: Audited, settings: Config) -> Answer[NewKey]:
     """Make a key. Only a hash of its secret is kept."""
     check_name(data.name)
     check_expiry(data.expires_at)
     made = credentials.mint()
     statement = f"select {FIELDS} from pgshelf.create_key(%s, %s, %s, %s, %s, %s) k"  # noqa: S608 - constants
     given = [data.name, data.role, stored_scope(data.libraries), data.expires_at, made.hash, made.hint]
-    [row] = await database.run(engine, statement, *given)
-    headers = {**SECRET_ANSWER, "Location": f"{settings.api_prefix}/keys/{row[0]}"}
-    return Answer(NewKey(**_fields(row), secret=made.secret), status_code=201, headers=headers)
+    audited.note(detail=data.name)
+
+    async def create(connection: AsyncConnection) -> Answer[NewKey]:
+        [row] = await database.rows(connection, statement, *given)
+        headers = {**SECRET_ANSWER, "Location": f"{settings.api_prefix}/keys/{row[0]}"}
+        return Answer(NewKey(**_fields(row), secret=made.secret), status_code=201, headers=headers)
+
+    return await audited.run(create, single=True)
 
 
 @get(
@@ -215,7 +220,7 @@ async def revoke_key(key: KeyName, once: Write) -> Answer[None]:
     summary="Give a key another secret",
     operation_id="rotateKey",
 )
-async def rotate_key(key: KeyName, data: JSONBody[RotateKey], engine: Engine) -> Answer[NewKey]:
+async def rotate_key(key: KeyName, data: JSONBody[RotateKey], audited: Audited) -> Answer[NewKey]:
     """Make another secret for a key. The one before, with its tokens, is valid for a while yet."""
     renewed = data.expires_at is not UNSET
     ends = data.expires_at if data.expires_at is not UNSET else None
@@ -223,8 +228,12 @@ async def rotate_key(key: KeyName, data: JSONBody[RotateKey], engine: Engine) ->
     made = credentials.mint()
     statement = f"select {FIELDS} from pgshelf.rotate_key(%s, %s, %s, %s, %s, %s) k"  # noqa: S608 - constants
     given = [key, made.hash, made.hint, timedelta(seconds=data.overlap), ends, renewed]
-    [row] = await database.run(engine, statement, *given)
-    return Answer(NewKey(**_fields(row), secret=made.secret), status_code=200, headers=dict(SECRET_ANSWER))
+
+    async def rotate(connection: AsyncConnection) -> Answer[NewKey]:
+        [row] = await database.rows(connection, statement, *given)
+        return Answer(NewKey(**_fields(row), secret=made.secret), status_code=200, headers=dict(SECRET_ANSWER))
+
+    return await audited.run(rotate, single=True)
 
 
 @post(
@@ -235,7 +244,7 @@ async def rotate_key(key: KeyName, data: JSONBody[RotateKey], engine: Engine) ->
     operation_id="createToken",
 )
 async def create_token(
-    data: JSONBody[CreateToken], engine: Engine, settings: Config, principal: Caller
+    data: JSONBody[CreateToken], audited: Audited, settings: Config, principal: Caller
 ) -> Answer[Token]:
     """Make a token of the key that was sent. It lives for minutes, may do less, and ends when its key does."""
     if principal.kind != "key":
@@ -249,9 +258,14 @@ async def create_token(
     lifetime = timedelta(seconds=data.expires_in or min(900, longest))
     scope, made = stored_scope(data.libraries), credentials.mint("token")
     statement = "select pgshelf.issue_token(%s, %s, %s, %s, %s, %s)"
-    [(ends,)] = await database.run(engine, statement, principal.hash, made.hash, made.hint, role, scope, lifetime)
-    token = Token(made.secret, role, scope or ["*"], ends)
-    return Answer(token, status_code=201, headers=dict(SECRET_ANSWER))
+    given = [principal.hash, made.hash, made.hint, role, scope, lifetime]
+
+    async def issue(connection: AsyncConnection) -> Answer[Token]:
+        [(ends,)] = await database.rows(connection, statement, *given)
+        token = Token(made.secret, role, scope or ["*"], ends)
+        return Answer(token, status_code=201, headers=dict(SECRET_ANSWER))
+
+    return await audited.run(issue, single=True)
 
 
 def stored_scope(entries: list[str] | None) -> list[str] | None:

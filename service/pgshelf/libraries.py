@@ -207,6 +207,7 @@ async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: C
         await database.rows(connection, check, Jsonb(values["index"]), dimension, data.metric)
         await database.rows(connection, "select pgshelf.check_attributes(%s)", Jsonb(data.attributes))
         library = _library((await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one())
+        once.note(library=str(library.id))
         return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
 
     return await once.run(create)
@@ -269,6 +270,7 @@ async def update_library(
         written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
         changed = _library((await connection.execute(written)).one())
         limits.metadata(changed.metadata, settings)
+        once.note(library=str(now.id))  # by its name it might not be found any more
         return Answer(changed, status_code=200)
 
     return await once.run(change)

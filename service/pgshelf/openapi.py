@@ -10,6 +10,7 @@ from litestar import Request
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.access import RULES
+from pgshelf.audit import AuditEntry
 from pgshelf.batch import AddDocuments, DocumentResults
 from pgshelf.changes import Change, Changes
 from pgshelf.chunks import Chunk, PatchChunk
@@ -267,6 +268,21 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "facets": {"year": [{"value": 2025, "documents": 7}, {"value": 2024, "documents": 5}]},
         "documents": 12,
     },
+    AuditEntry: {
+        "id": "4b0a8a52-1c55-4d3b-9f0e-7c3c2b8f6a22",
+        "at": "2026-01-05T09:00:00Z",
+        "action": "document.delete",
+        "outcome": "done",
+        "principal_kind": "key",
+        "principal": "crawler",
+        "principal_id": KEY["id"],
+        "library_id": "5d1f0a52-7a55-4f3b-8f0e-0c3c2b8f6a31",
+        "library": "handbook",
+        "document": "guide/vacuum",
+        "count": 1,
+        "detail": None,
+        "request_id": "0f5c1a",
+    },
     Key: {**KEY, "secrets": [{"hint": "pgs_4fQz", "created_at": "2026-01-05T09:00:00Z", "expires_at": None}]},
     NewKey: {**KEY, "secret": "pgs_..."},
     Token: {
@@ -287,7 +303,7 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     Health: {"status": "ok", "version": "1.0.0"},
     Ready: {"status": "ready", "checks": {"database": "ok", "schema": "0001", "pgvector": "0.8.1"}},
 }
-PAGES: list[Any] = [Page[Library], Page[Document], Page[Chunk], Page[Key]]
+PAGES: list[Any] = [Page[Library], Page[Document], Page[Chunk], Page[Key], Page[AuditEntry]]
 SHARED = {  # what the structs of http.py do not say of themselves
     "Page": {"items": "The items, in order.", "next": "Send it as `after` for the page behind; null at the end."},
     "FieldError": {"path": "Where in the request.", "message": "What is wrong there."},

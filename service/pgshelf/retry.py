@@ -42,6 +42,7 @@ async def retry_embeddings(library: LibraryName, data: JSONBody[RetryEmbeddings]
 
     async def change(connection: AsyncConnection) -> Answer[Retried]:
         rows = await database.rows(connection, "select pgshelf.retry_embeddings(%s, %s)", library, condition)
+        once.note(count=rows[0][0])
         return Answer(Retried(rows[0][0]), status_code=200)
 
     return await once.run(change, single=True)

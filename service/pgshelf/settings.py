@@ -119,6 +119,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_page: Annotated[int, Meta(ge=1, le=10_000)] = 1000
     max_rerank_candidates: Annotated[int, Meta(ge=1, le=1000)] = 100
 
+    audit: bool = True
+    audit_retention: Annotated[float, Meta(gt=0)] = 365.0
+
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     log_format: Annotated[str, Meta(pattern="^(console|json)$")] = "console"
     access_log: bool = False

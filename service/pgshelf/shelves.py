@@ -468,7 +468,20 @@ async def connect(settings: Settings) -> psycopg.AsyncConnection[Any]:
         connect_timeout=settings.connect_timeout,
         options=f"{existing} {options}" if existing else options,
     )
-    return await psycopg.AsyncConnection.connect(target, autocommit=True)
+    connection = await psycopg.AsyncConnection.connect(target, autocommit=True)
+    try:
+        await connection.execute(database.BECOME_OWNER)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+async def forbidden_to(settings: Settings) -> str | None:
+    """Who would have to be the owner's, when this role may not build: PostgreSQL lets nobody else attach shelves."""
+    async with await connect(settings) as connection:
+        found = await (await connection.execute(database.BECOME_OWNER)).fetchone()
+        return None if found is None or found[1] else str(found[0])
 
 
 async def forever(settings: Settings, pace: Pace = UNHURRIED) -> None:

@@ -476,3 +476,53 @@ key_secrets = Table(
     Index("key_secrets_tokens_idx", "expires_at", postgresql_where=text("token")),
     comment="What proves a key: its secret, those before it while they overlap, tokens.",
 )
+
+grants = Table(
+    "grants",
+    metadata,
+    Column(
+        "role",
+        Text,
+        nullable=False,
+        comment="By name, so that dumps go to other clusters; revoke before it is dropped.",
+    ),
+    Column("library_id", UUID(as_uuid=True), comment="Null: all libraries, those to come included."),
+    Column("access", Text, nullable=False),
+    UniqueConstraint("role", "library_id", name="grants_role_library_key", postgresql_nulls_not_distinct=True),
+    ForeignKeyConstraint(["library_id"], ["pgshelf.libraries.id"], name="grants_library_fk", ondelete="CASCADE"),
+    CheckConstraint("access in ('monitor', 'read', 'write')", name="grants_access_check"),
+    Index("grants_library_idx", "library_id"),
+    comment="Which libraries a role of PostgreSQL has in SQL; pgshelf.grant_library writes it.",
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("at", moment, nullable=False, server_default=text("clock_timestamp()")),
+    Column("id", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("action", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column(
+        "principal_kind",
+        Text,
+        nullable=False,
+        comment="key, token, jwt, anybody; role: of PostgreSQL.",
+    ),
+    Column("principal", Text, nullable=False),
+    Column("principal_id", UUID(as_uuid=True)),
+    Column("library_id", UUID(as_uuid=True)),
+    Column("library", Text, comment="What it was called then."),
+    Column("document", Text),
+    Column("request_id", Text),
+    Column(
+        "count",
+        BigInteger,
+        nullable=False,
+        comment="Documents, if it is about those; refused attempts.",
+    ),
+    Column("detail", Text),
+    PrimaryKeyConstraint("at", "id", name="audit_log_pkey"),
+    CheckConstraint("outcome in ('done', 'refused')", name="audit_log_outcome_check"),
+    Index("audit_log_library_idx", "library_id", "at", "id", postgresql_where=text("library_id is not null")),
+    comment="Who did what to which library: only added to, the worker forgets old rows.",
+)

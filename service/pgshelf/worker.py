@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, embedding_cache, providers, reembedding, shelves
@@ -21,8 +22,10 @@ log = logging.getLogger("pgshelf.worker")
 STAMP = "select pgshelf.stamp_all_changes()"
 PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
 FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
+PRUNE_AUDIT = "select pgshelf.prune_audit(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
 TIDY = 60.0  # seconds between two times
+UNTIL_OWNER = 60.0  # seconds until a role that may not build is asked again
 Step = Callable[[AsyncEngine, Settings], Awaitable[Any]]
 
 
@@ -72,11 +75,12 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
 
 
 async def tidy(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget a batch of changes, of stored answers and of imports that are old enough; returns how many."""
+    """Forget a batch of changes, stored answers, imports and rows of the audit log that are old enough; how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
     imports = await database.run(engine, FORGET_IMPORTS, timedelta(hours=settings.import_retention))
-    return int(changes[0][0]) + int(answers[0][0]) + int(imports[0][0])
+    audit = await database.run(engine, PRUNE_AUDIT, timedelta(days=settings.audit_retention))
+    return sum(int(forgotten[0][0]) for forgotten in (changes, answers, imports, audit))
 
 
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
@@ -96,10 +100,25 @@ async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
             await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
 
+async def _build(engine: AsyncEngine, settings: Settings) -> None:
+    """Do what it takes the owner of the tables for, as soon as this role may become it; that of a service need not."""
+    while True:
+        try:
+            owner = await shelves.forbidden_to(settings)
+        except psycopg.Error:  # the database is away, or its answer was
+            await asyncio.sleep(around(settings.worker_interval))
+            continue
+        if owner is None:
+            break
+        log.info("this role builds no indexes and moves no libraries: pgshelf worker does, as a member of %s", owner)
+        await asyncio.sleep(UNTIL_OWNER)
+    await asyncio.gather(shelves.forever(settings), reembedding.forever(engine, settings))
+
+
 async def alone(settings: Settings, stopped: asyncio.Event) -> None:
     """Reconcile without serving, until it is told to stop."""
     assert settings.database_url  # noqa: S101 - who runs a worker has a database
-    engine = database.make_engine(settings, settings.database_url)
+    engine = database.make_engine(settings, settings.database_url, owner=True)
     try:
         async with running(engine, settings):
             await stopped.wait()
@@ -113,8 +132,7 @@ async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
     batches = Batches(engine, settings)
     others = _others_forever(engine, settings)
-    work = [batches.forever(), others, _keep_house(engine, settings)]
-    work += [shelves.forever(settings), reembedding.forever(engine, settings)]
+    work = [batches.forever(), others, _keep_house(engine, settings), _build(engine, settings)]
     tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield

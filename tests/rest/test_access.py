@@ -39,7 +39,7 @@ MATRIX = {
     "addEvent": ("writer", "path"), "retryEmbeddings": ("writer", "path"), "listChanges": ("reader", "path"),
     "createKey": ("admin", "all"), "listKeys": ("admin", "all"), "getKey": ("admin", "all"),
     "revokeKey": ("admin", "all"), "rotateKey": ("admin", "all"),
-    "createToken": ("reader", ""),
+    "createToken": ("reader", ""), "listAudit": ("admin", "all"),
 }  # fmt: skip
 LEVEL = {"reader": 1, "writer": 2, "admin": 3}
 LAST = ["deleteLibrary"]  # what those before it need

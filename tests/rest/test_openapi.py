@@ -24,7 +24,7 @@ ORDER = [  # each needs what those before it made
     "queryDocuments", "facets", "addDocuments", "importDocuments", "exportDocuments", "updateDocuments",
     "retryEmbeddings", "deleteDocuments", "deleteChunk",
     "deleteDocument", "deleteLibrary",
-    "createToken", "createKey", "listKeys", "getKey", "rotateKey", "revokeKey",
+    "createToken", "createKey", "listKeys", "getKey", "rotateKey", "revokeKey", "listAudit",
 ]  # fmt: skip
 
 

@@ -23,6 +23,10 @@ FOUND = {
 }  # fmt: skip
 DOCUMENTS = "/v1/libraries/handbook/documents"
 SEARCH = "/v1/libraries/handbook/search"
+AUDIT = {
+    "id": "a", "at": "2026-01-02T03:04:05Z", "action": "document.delete", "outcome": "done", "principal_kind": "key",
+    "principal": "crawler", "library": "handbook", "document": "vacuum", "count": 1,
+}  # fmt: skip
 STATS = {
     "documents": 2, "chunks": 5, "pending": 1, "failed": 0, "bytes": 4096, "shelf": 0,
     "index": {"type": "flat", "state": "ready", "progress": 1.0},
@@ -212,6 +216,7 @@ LISTS = [
     ("documents", ("handbook",), "/v1/libraries/handbook/documents", DOCUMENT),
     ("chunks", ("handbook", "vacuum"), "/v1/libraries/handbook/documents/vacuum/chunks", CHUNK),
     ("keys", (), "/v1/keys", KEY),
+    ("audit", (), "/v1/audit", AUDIT),
 ]
 
 
@@ -265,6 +270,16 @@ async def test_revoked_keys_are_listed_when_they_are_asked_for(connect):
     script = Script(ok({"items": [KEY], "next": None}))
     assert [key.name for key in await connect(script).keys(revoked=True)] == ["crawler"]
     assert script.asked == ["GET /v1/keys?revoked=true"]
+
+
+async def test_the_audit_log_is_asked_for_a_part(connect):
+    script = Script(ok({"items": [AUDIT], "next": None}))
+    since = datetime(2030, 1, 2, tzinfo=UTC)
+    found = await connect(script).audit(action="document.delete", library="handbook", since=since, outcome="done")
+    assert [(entry.principal, entry.count) for entry in found] == [("crawler", 1)]
+    assert script.asked == [
+        "GET /v1/audit?action=document.delete&library=handbook&since=2030-01-02T00%3A00%3A00%2B00%3A00&outcome=done"
+    ]
 
 
 async def test_documents_that_match_come_page_by_page(connect):

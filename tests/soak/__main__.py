@@ -1,6 +1,6 @@
-"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests.
+"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests, probes.
 
-All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --seed 7"`.
+All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --probes 0"`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx2
 
 from tests.soak import ingestion, outage
+from tests.soak.borders import crossed
 from tests.soak.crash import KINDS, Ingestion, service
 from tests.soak.embedders import DIMENSIONS, changing
 from tests.soak.feed import follow
@@ -97,6 +98,12 @@ def embed(kills: int, seed: int, version: int, minutes: float) -> None:
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
+def cross(count: int, seed: int, version: int) -> None:
+    print(f"seed {seed}: {count} probes of what a key and a role may not know", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(asyncio.run(crossed(Path(folder), count, seed, version)), flush=True)
+
+
 async def away(kind: str, minutes: float, version: int) -> None:
     provider = outage.Provider()
     options = {"cohere_api_key": provider.key, "cohere_base_url": provider.url, "cohere_timeout": "2"}
@@ -124,6 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
     parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
     parser.add_argument("--outage", type=float, default=3, help="minutes for which a provider is away, in each way")
+    parser.add_argument("--probes", type=int, default=10_000, help="of libraries that a caller does not see")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
@@ -140,6 +148,8 @@ def main() -> None:
         answers(options.repeats, options.seed, options.version)
     if options.provider:
         embed(options.provider, options.seed, options.version, options.minutes)
+    if options.probes:
+        cross(options.probes, options.seed, options.version)
     if options.outage:
         for kind in outage.KINDS:
             asyncio.run(away(kind, options.outage, options.version))
