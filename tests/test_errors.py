@@ -44,7 +44,7 @@ def test_a_sqlstate_has_its_problem(sqlstate: str) -> None:
     made = problem_of(database_error(sqlstate))
     assert (made.code, made.sqlstate) == (SQLSTATES[sqlstate], sqlstate)
     assert made.status == CODES[made.code][0] < 600
-    assert ("Retry-After" in made.headers) == (made.status in (503, 504))
+    assert ("Retry-After" in made.headers) == (made.status in (429, 503, 504))
 
 
 @pytest.mark.parametrize("start", CLASSES)

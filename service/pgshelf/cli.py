@@ -171,7 +171,8 @@ def _say_what_fails(url: str, settings: Settings) -> None:
 
 def _serve(settings: Settings, address: str, reload: bool) -> None:
     from granian import Granian
-    from granian.constants import Interfaces
+    from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
     from granian.log import LogLevels
 
     # a worker that is told to stop before it has handlers of its own would swallow that in a copy of its parent's
@@ -183,6 +184,10 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         address=address,
         port=settings.port,
         workers=settings.workers,
+        # granian looks for HTTP/2 first, and waits for that without end; here it counts from the connection's first moment
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout * 1000)),
+        backpressure=settings.max_connections,
         respawn_failed_workers=True,
         respawn_interval=0.5,
         workers_kill_timeout=30,

@@ -476,3 +476,15 @@ key_secrets = Table(
     Index("key_secrets_tokens_idx", "expires_at", postgresql_where=text("token")),
     comment="What proves a key: its secret, those before it while they overlap, tokens.",
 )
+
+rate_shares = Table(
+    "rate_shares",
+    metadata,
+    Column("caller", Text, nullable=False),
+    Column("class", Text, nullable=False),
+    Column("whole_at", moment, nullable=False, comment="When all of the share is there again."),
+    PrimaryKeyConstraint("caller", "class", name="rate_shares_pkey"),
+    comment="What callers have used of their shares of requests, by class.",
+    prefixes=["UNLOGGED"],
+    postgresql_with={"fillfactor": "50"},
+)

@@ -22,6 +22,7 @@ STAMP = "select pgshelf.stamp_all_changes()"
 PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
 FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
+FORGET_RATES = "select pgshelf.forget_rate_shares()"
 TIDY = 60.0  # seconds between two times
 Step = Callable[[AsyncEngine, Settings], Awaitable[Any]]
 
@@ -72,11 +73,12 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
 
 
 async def tidy(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget a batch of changes, of stored answers and of imports that are old enough; returns how many."""
+    """Forget a batch of changes, of stored answers, of imports and of rates that are old enough; returns how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
     imports = await database.run(engine, FORGET_IMPORTS, timedelta(hours=settings.import_retention))
-    return int(changes[0][0]) + int(answers[0][0]) + int(imports[0][0])
+    rates = await database.run(engine, FORGET_RATES)
+    return sum(int(found[0][0]) for found in (changes, answers, imports, rates))
 
 
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
