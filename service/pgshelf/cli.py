@@ -184,7 +184,7 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         address=address,
         port=settings.port,
         workers=settings.workers,
-        # granian looks for HTTP/2 first, and waits for that without end; here it counts from the connection's first moment
+        # granian would look for HTTP/2 first, and wait for that without end; so the time counts from the start
         http=HTTPModes.http1,
         http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout * 1000)),
         backpressure=settings.max_connections,

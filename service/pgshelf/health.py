@@ -82,7 +82,7 @@ async def ready(engine: Engine) -> Ready:
 
 
 # not in the OpenAPI document, which lists the codes: it is what the `type` of a problem leads to
-@get("/errors", media_type="text/markdown; charset=utf-8", include_in_schema=False, operation_id="errors")
+@get("/errors", media_type="text/markdown", include_in_schema=False, operation_id="errors")
 async def errors() -> Response[bytes]:
     """What each problem means, when it happens and what to do: docs/errors.md of this version."""
     return Response(_errors_page())
