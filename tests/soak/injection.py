@@ -207,6 +207,8 @@ class Corpus:
                     await self.send(operation, place, text)
             changed = [pair for pair in zip(self.before, self.content(), strict=True) if pair[0] != pair[1]]
             assert not changed, f"{operation.name} changed {changed}"
+            if share >= 1:
+                print(f"  {operation.name}: {len(operation.places)} places", flush=True)
             await self.renew()
 
     async def send(self, operation: Operation, place: Place, text: str | bytes) -> None:
