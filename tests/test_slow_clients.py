@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from pgshelf.bodies import PACE, patient
@@ -39,6 +41,9 @@ def test_connections_that_say_nothing_give_their_places_back(
     database_url: str, make_live_server: MakeLiveServer
 ) -> None:
     server = make_live_server(database_url, PGSHELF_HEADER_TIMEOUT="1", PGSHELF_MAX_CONNECTIONS="20")
+    if sys.platform == "linux":
+        files, most = psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+        assert files == most or files >= 65_536  # a connection is a file
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
     try:
         began = time.monotonic()
