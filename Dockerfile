@@ -5,6 +5,7 @@ COPY sdk ./sdk
 COPY service ./service
 COPY migrations ./migrations
 COPY sql ./sql
+COPY docs/errors.md ./docs/errors.md
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels ./sdk . \
     && python -m venv /opt/pgshelf \
     && /opt/pgshelf/bin/pip install --no-cache-dir /wheels/*.whl

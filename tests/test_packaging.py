@@ -92,6 +92,7 @@ def test_the_wheel_holds_package_migrations_and_sql(service_wheel):
     held = {name for name in zipfile.ZipFile(service_wheel).namelist() if ".dist-info/" not in name}
     package = {name.removeprefix("service/") for name in files_below("service/pgshelf")}
     beside = {f"pgshelf/{name}" for folder in ("migrations", "sql") for name in files_below(folder)}
+    beside.add("pgshelf/docs/errors.md")  # which /errors shows
     assert held == package | beside
     assert "pgshelf/migrations/env.py" in held
     assert "pgshelf/migrations/script.py.mako" in held

@@ -79,6 +79,19 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "idempotency_retention": ("1", 1.0, "0"),
     "import_batch": ("10", 10, "10001"),
     "import_retention": ("60.5", 60.5, "0"),
+    "rate_limits": ("team", "team", "some"),
+    "rate_limit_search": ("100/s", "100/s", "0/s"),
+    "rate_limit_write": ("600/10min", "600/10min", "10"),
+    "rate_limit_import": ("off", "off", "1/week"),
+    "rate_limit_admin": ("5/h", "5/h", "-5/h"),
+    "max_concurrent_requests": ("10", 10, "-1"),
+    "max_concurrent_streams": ("2", 2, "-1"),
+    "trusted_proxies": ("127.0.0.1, 10.0.0.0/8", "127.0.0.1, 10.0.0.0/8", None),
+    "max_connections": ("100", 100, "0"),
+    "header_timeout": ("5", 5.0, "0"),
+    "body_timeout": ("2.5", 2.5, "0"),
+    "max_filter_bytes": ("1000", 1000, "1"),
+    "max_filter_depth": ("7", 7, "41"),
     "promote_at": ("5000", 5000, "0"),
     "index_memory_bytes": ("134217728", 134217728, "1"),
     "max_rerank_candidates": ("20", 20, "1001"),
@@ -172,6 +185,8 @@ def test_unknown_variables_are_refused() -> None:
 def test_rules_between_settings() -> None:
     with pytest.raises(SettingsError, match="chunk_overlap must be smaller"):
         Settings.from_env({"PGSHELF_CHUNK_SIZE": "100", "PGSHELF_CHUNK_OVERLAP": "100"})
+    with pytest.raises(SettingsError, match=r"10\.0\.0\.0/40.*; list addresses, or networks"):
+        Settings.from_env({"PGSHELF_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/40"})
 
 
 def test_the_command_line_wins_where_it_says_something() -> None:

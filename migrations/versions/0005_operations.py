@@ -82,7 +82,16 @@ create trigger audit_kept before update or delete or truncate on pgshelf.audit_l
   for each statement execute function pgshelf.audit_kept();
 """
 
+# unlogged: after a crash every share is whole again, which is no harm, and no commit waits for the disk
 LIMITS = """
+create unlogged table pgshelf.rate_shares (
+  caller text not null,
+  class text not null,
+  whole_at timestamptz not null,
+  constraint rate_shares_pkey primary key (caller, class)
+) with (fillfactor = 50);
+comment on table pgshelf.rate_shares is 'What callers have used of their shares of requests, by class.';
+comment on column pgshelf.rate_shares.whole_at is 'When all of the share is there again.';
 """
 
 CACHE = """
@@ -121,6 +130,7 @@ drop function pgshelf.audit_kept();
 """
 
 DOWN_LIMITS = """
+drop table pgshelf.rate_shares;
 """
 
 DOWN_CACHE = """

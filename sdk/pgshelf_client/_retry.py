@@ -24,6 +24,7 @@ NOTHING_DONE = frozenset(
         "not_ready",
         "pool_exhausted",
         "read_only",
+        "request_timeout",
         "storage_full",
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import re
 import time
@@ -20,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from pgshelf import auditing, credentials, database, http
 from pgshelf.errors import CODES, Problem, invalid
 from pgshelf.jwts import ROLES, Issuer
+from pgshelf.rates import Kind, Rates
 from pgshelf.settings import Settings, is_loopback, listed
 from pgshelf.tables import libraries
 from pgshelf.timing import stage
@@ -41,7 +43,16 @@ class Rule(msgspec.Struct, frozen=True):
     library: Place = "none"
     public: bool = False
     everything: bool = False  # for callers that see every library, whatever there may be
+    counts: Kind | None = None  # as one of these, where its role does not say it
+    stream: bool = False  # one that may be open for long
 
+    @property
+    def kind(self) -> Kind:
+        """The class of requests whose quota it uses."""
+        return self.counts or KINDS[self.role or "reader"]
+
+
+KINDS: dict[str, Kind] = {"reader": "search", "writer": "write", "admin": "admin"}
 
 OPEN, READ, WRITE, MANAGE = Rule(None), Rule("reader", "path"), Rule("writer", "path"), Rule("admin", "path")
 SEARCH, KEYS = Rule("reader", "path", public=True), Rule("admin", everything=True)
@@ -50,6 +61,7 @@ SEARCH, KEYS = Rule("reader", "path", public=True), Rule("admin", everything=Tru
 RULES: dict[str, Rule] = {
     "health": OPEN,
     "ready": OPEN,
+    "errors": OPEN,
     "listLibraries": Rule("reader"),
     "createLibrary": Rule("admin", "named"),
     "getLibrary": READ,
@@ -79,18 +91,18 @@ RULES: dict[str, Rule] = {
     "searchLibraries": Rule("reader", "listed", public=True),
     "facets": SEARCH,
     "addDocuments": WRITE,
-    "importDocuments": WRITE,
-    "exportDocuments": READ,
+    "importDocuments": Rule("writer", "path", counts="import", stream=True),
+    "exportDocuments": Rule("reader", "path", counts="import", stream=True),
     "addEvent": WRITE,
     "retryEmbeddings": WRITE,
-    "listChanges": READ,
-    "metrics": Rule("reader", everything=True),  # it names libraries
+    "listChanges": Rule("reader", "path", stream=True),
+    "metrics": Rule("reader", everything=True, counts="admin"),  # it names libraries
     "createKey": KEYS,
     "listKeys": KEYS,
     "getKey": KEYS,
     "revokeKey": KEYS,
     "rotateKey": KEYS,
-    "createToken": Rule("reader"),
+    "createToken": Rule("reader", counts="write"),
     "listAudit": KEYS,
 }
 
@@ -152,6 +164,7 @@ class Guard:
     def __init__(self, settings: Settings, engine: AsyncEngine, url: str) -> None:
         self._settings, self._engine = settings, engine
         self._beside = database.Beside(settings, url)
+        self._rates = Rates(settings, url)
         self._issuer = Issuer(settings) if settings.jwt else None
         self._public = public_scope(settings)
         self._hosts = allowed_hosts(settings)
@@ -169,6 +182,7 @@ class Guard:
         if self._refusals is not None:
             await self._refusals.close()
         await self._beside.close()
+        await self._rates.close()
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
         """Behind routing: let a request through, with its `pgshelf_principal`, or answer it."""
@@ -177,18 +191,19 @@ class Guard:
             if scope["type"] != ScopeType.HTTP:
                 await app(scope, receive, send)
                 return
-            try:
-                await self._admit(scope, receive)
-            except Problem as problem:
-                self._note_refusal(scope, problem.code, getattr(problem, "who", None))
-                raise
-            await app(scope, receive, send)
+            with contextlib.ExitStack() as held:
+                try:
+                    await self._admit(scope, receive, held)
+                except Problem as problem:
+                    self._note_refusal(scope, problem.code, getattr(problem, "who", None))
+                    raise
+                await app(scope, receive, send)
             if (code := scope.get("pgshelf_problem")) is not None:  # what a handler raised was answered below
                 self._note_refusal(scope, str(code), None)
 
         return guarded
 
-    async def _admit(self, scope: Any, receive: Receive) -> None:
+    async def _admit(self, scope: Any, receive: Receive, held: contextlib.ExitStack) -> None:
         handler = scope["route_handler"]
         rule = RULES.get(handler.operation_id or "")
         if rule == OPEN or _is_reference(handler):
@@ -198,8 +213,16 @@ class Guard:
         if rule is None or rule.role is None:
             raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
         named = scope["path_params"].get("library") if rule.library in ("path", "renamed") else None
-        principal, library = await self._who(headers.get(b"authorization"), rule, named)
+        try:
+            principal, library = await self._who(headers.get(b"authorization"), rule, named)
+        except Problem as problem:
+            if problem.status == 401:  # whoever tries keys is counted, too
+                await self._rates.admit(self._rates.address(scope), rule.kind)
+            raise
         scope["pgshelf_principal"] = principal
+        caller = principal.owner or self._rates.address(scope)
+        held.enter_context(self._rates.at_once(caller, stream=rule.stream))
+        scope["pgshelf_headers"] = await self._rates.admit(caller, rule.kind)
         if not principal.may(rule.role):
             raise Problem("forbidden", _lacks(principal, rule.role))
         if rule.everything and principal.scopes:

@@ -20,6 +20,7 @@ from pgshelf import (
     access,
     audit,
     batch,
+    bodies,
     changes,
     chunks,
     database,
@@ -109,7 +110,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         dto=http.Body,
         return_dto=None,
         response_class=http.Answer,
-        middleware=[http.decode_path, guard.middleware, http.known_content],
+        middleware=[http.decode_path, bodies.patience(settings), guard.middleware, http.known_content],
         cors_config=http.cors(settings),
         exception_handlers={Exception: http.render_problem},
         request_max_body_size=settings.max_body_bytes,
@@ -135,7 +136,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
 def _observer(settings: Settings) -> Callable[[http.Served], None]:
     def observe(served: http.Served) -> None:
         metrics.count(served)
-        worked = served.stages["total"] - served.stages.get("wait", 0)  # to wait for changes is no work
+        # to wait for changes, or for a slow client's body, is no work
+        worked = served.stages["total"] - served.stages.get("wait", 0) - served.stages.get("receive", 0)
         slow = worked >= settings.slow_request * 1000
         if slow or settings.access_log:
             logs.request(slow, served.method, served.route, served.status, served.stages)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -171,9 +172,11 @@ def _say_what_fails(url: str, settings: Settings) -> None:
 
 def _serve(settings: Settings, address: str, reload: bool) -> None:
     from granian import Granian
-    from granian.constants import Interfaces
+    from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
     from granian.log import LogLevels
 
+    _allow_files()
     # a worker that is told to stop before it has handlers of its own would swallow that in a copy of its parent's
     os.register_at_fork(after_in_child=_default_signals)
     Granian(
@@ -183,6 +186,10 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         address=address,
         port=settings.port,
         workers=settings.workers,
+        # granian would look for HTTP/2 first, and wait for that without end; so the time counts from the start
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout * 1000)),
+        backpressure=settings.max_connections,
         respawn_failed_workers=True,
         respawn_interval=0.5,
         workers_kill_timeout=30,
@@ -192,6 +199,18 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         reload_paths=[Path(__file__).parent] if reload else None,
         process_name="pgshelf" if _has("setproctitle") else None,
     ).serve()
+
+
+ENOUGH_FILES = 65_536
+
+
+def _allow_files() -> None:
+    """As many open files as this user may have, within reason: each connection of a client is one."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= now < ENOUGH_FILES:
+        with contextlib.suppress(OSError, ValueError):  # where a system promises more than it gives
+            wanted = ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, ENOUGH_FILES)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _default_signals() -> None:

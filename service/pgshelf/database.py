@@ -192,14 +192,14 @@ async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tup
 class Beside:
     """One connection beside the pool, for a short question that each request asks before anything else.
 
-    A question is one statement and changes nothing, so it can be asked again where the connection was lost. Its plans
-    are generic: they never touch the shelves.
+    A question is one statement that may be carried out twice, so it is asked again where the connection was lost. Its
+    plans are generic: they never touch the shelves.
     """
 
-    def __init__(self, settings: Settings, url: str) -> None:
+    def __init__(self, settings: Settings, url: str, name: str = "auth") -> None:
         self._target = dsn(
             url,
-            application_name="pgshelf auth",
+            application_name=f"pgshelf {name}",
             connect_timeout=settings.connect_timeout,
             options=f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c jit=off"
             " -c plan_cache_mode=force_generic_plan",

@@ -325,7 +325,7 @@ async def query_documents(
 ) -> DocumentsFound:
     """List the documents that match a filter, in any order."""
     size = page_size(data.limit, settings)
-    condition = filters.parameter(data.filter)
+    condition = filters.parameter(data.filter, settings)
     sort = Jsonb(msgspec.to_builtins(data.sort))
     after = None if data.after is None else Jsonb(_keys(data.after))
 
@@ -353,7 +353,7 @@ async def update_documents(
     library: LibraryName, data: JSONBody[UpdateDocuments], once: Write, settings: Config
 ) -> Answer[Affected]:
     """Change the metadata of all documents that match, in one transaction; their chunks stay."""
-    condition, changes = filters.parameter(data.filter), limits.metadata(data.patch, settings, "patch")
+    condition, changes = filters.parameter(data.filter, settings), limits.metadata(data.patch, settings, "patch")
 
     async def change(connection: AsyncConnection) -> Answer[Affected]:
         rows = await database.rows(
@@ -375,9 +375,11 @@ async def update_documents(
     summary="Delete documents by a filter",
     operation_id="deleteDocuments",
 )
-async def delete_documents(library: LibraryName, data: JSONBody[DeleteDocuments], once: Write) -> Answer[Affected]:
+async def delete_documents(
+    library: LibraryName, data: JSONBody[DeleteDocuments], once: Write, settings: Config
+) -> Answer[Affected]:
     """Delete all documents that match, with their chunks, in one transaction."""
-    condition = filters.parameter(data.filter)
+    condition = filters.parameter(data.filter, settings)
 
     async def remove(connection: AsyncConnection) -> Answer[Affected]:
         rows = await database.rows(

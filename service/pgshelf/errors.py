@@ -26,6 +26,7 @@ CODES: dict[str, tuple[int, str]] = {
     "key_not_found": (404, "No such key"),
     "route_not_found": (404, "No such address"),
     "method_not_allowed": (405, "The address does not take this method"),
+    "request_timeout": (408, "The body did not come in time"),
     "library_exists": (409, "A library of this name exists"),
     "key_exists": (409, "A key of this name exists"),
     "referenced": (409, "Something else references the document"),
@@ -52,6 +53,8 @@ CODES: dict[str, tuple[int, str]] = {
     "reranker_not_configured": (422, "The reranker cannot be used here"),
     "index_impossible": (422, "The library cannot have such an index"),
     "too_complex": (422, "The request exceeds what PostgreSQL can store or run"),
+    "rate_limited": (429, "Too many requests in this time"),
+    "too_many_concurrent": (429, "Too many requests at once"),
     "internal_error": (500, "Something went wrong inside pgshelf"),
     "embedder_failed": (502, "The embedding provider failed"),
     "reranker_failed": (502, "The reranking provider failed"),
@@ -71,7 +74,7 @@ CODES: dict[str, tuple[int, str]] = {
     "reranker_timeout": (504, "The reranking provider took too long"),
     "timeout": (504, "The request took too long"),
 }
-RETRY_AFTER = {503: 1, 504: 1}  # seconds, where nothing better is known
+RETRY_AFTER = {429: 1, 503: 1, 504: 1}  # seconds, where nothing better is known
 
 SQLSTATES: dict[str, str] = {
     "PS001": "library_not_found",

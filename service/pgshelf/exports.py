@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 from litestar import Router, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import QueryParameter
 from litestar.response import Stream
+from sqlalchemy import QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, filters
-from pgshelf.errors import invalid
-from pgshelf.http import NDJSON, Engine, LibraryName, problems
+from pgshelf.errors import Problem, invalid
+from pgshelf.http import NDJSON, Config, Engine, LibraryName, problems
 from pgshelf.ingest import DocumentInput
+from pgshelf.settings import Settings
 
 ROWS = 100  # that are fetched at a time, each a chunk
 FETCH = f"fetch {ROWS} from export"
@@ -39,10 +43,14 @@ ExportFilter = Annotated[
     operation_id="exportDocuments",
 )
 async def export_documents(
-    library: LibraryName, engine: Engine, embeddings: Embeddings = True, condition: ExportFilter = None
+    library: LibraryName,
+    engine: Engine,
+    settings: Config,
+    embeddings: Embeddings = True,
+    condition: ExportFilter = None,
 ) -> Stream:
     """Export documents as they are at one moment, oldest first, each in a line, as an import takes them."""
-    lines = _lines(engine, library, _filter(condition), embeddings)
+    lines = _lines(engine, library, _filter(condition, settings), embeddings)
     first = await anext(lines)  # what is wrong with the request is a problem and no stream that breaks off
 
     async def answer() -> AsyncIterator[bytes]:
@@ -53,20 +61,36 @@ async def export_documents(
     return Stream(answer(), media_type=NDJSON)
 
 
-def _filter(text: str | None) -> Any:
+def _filter(text: str | None, settings: Settings) -> Any:
     if text is None:
         return None
     try:
         value = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise invalid("filter", f"is not an object in JSON: {error}") from None
-    return filters.parameter(value)
+    return filters.parameter(value, settings)
+
+
+# How many exports each engine has open: clients that do not read must not take all connections from the others.
+_open: WeakKeyDictionary[AsyncEngine, int] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def _one_of_half(engine: AsyncEngine) -> AsyncIterator[None]:
+    pool, now = engine.pool, _open.get(engine, 0)
+    if isinstance(pool, QueuePool) and now >= max(1, pool.size() // 2):
+        raise Problem("pool_exhausted", f"Exports use {now} connections already, half of this process's. Try later.")
+    _open[engine] = now + 1
+    try:
+        yield
+    finally:
+        _open[engine] -= 1
 
 
 async def _lines(engine: AsyncEngine, library: str, condition: Any, embeddings: bool) -> AsyncIterator[bytes]:
     """The export in pieces; a slow client is waited for, as long as a transaction may idle."""
     snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
-    async with database.transaction(snapshot) as connection:
+    async with _one_of_half(engine), database.transaction(snapshot) as connection:
         await database.rows(connection, "select pgshelf.open_export(%s, %s, %s)", library, condition, embeddings)
         begun, inside = False, False  # whether there is a line before, and whether it has a chunk
         while rows := await database.rows(connection, FETCH):

@@ -11,7 +11,7 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters
-from pgshelf.http import Engine, LibraryName, problems
+from pgshelf.http import Config, Engine, LibraryName, problems
 from pgshelf.searching import FacetValue, Filter
 
 
@@ -54,9 +54,11 @@ order by a.place, f.place"""
     summary="Count values",
     operation_id="facets",
 )
-async def count_facets(library: LibraryName, data: JSONBody[FacetsRequest], engine: Engine) -> FacetsAnswer:
+async def count_facets(
+    library: LibraryName, data: JSONBody[FacetsRequest], engine: Engine, settings: Config
+) -> FacetsAnswer:
     """Count how many documents have which value of some fields, of all documents or of those that match a filter."""
-    condition = filters.parameter(data.filter)
+    condition = filters.parameter(data.filter, settings)
     names = list(dict.fromkeys(data.attributes))
 
     async def count(connection: AsyncConnection) -> FacetsAnswer:

@@ -8,12 +8,10 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from pgshelf.errors import invalid
-
-MAX_BYTES = 65_536
-MAX_DEPTH = 40  # levels of JSON; SQL allows eight of $and, $or and $not, and values may be nested too
+from pgshelf.settings import Settings
 
 
-def parameter(value: dict[str, Any] | None, path: str = "filter") -> Jsonb | None:
+def parameter(value: dict[str, Any] | None, settings: Settings, path: str = "filter") -> Jsonb | None:
     """A filter as a bound parameter; none stays none."""
     if value is None:
         return None
@@ -21,10 +19,10 @@ def parameter(value: dict[str, Any] | None, path: str = "filter") -> Jsonb | Non
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError):
         raise invalid(path, "holds something that is not JSON, or a number that JSON cannot express") from None
-    if (size := len(text.encode())) > MAX_BYTES:
-        raise invalid(path, f"has {size} bytes, at most {MAX_BYTES} are allowed")
-    if _deeper_than(value, MAX_DEPTH):
-        raise invalid(path, f"is nested deeper than {MAX_DEPTH} levels")
+    if (size := len(text.encode())) > settings.max_filter_bytes:
+        raise invalid(path, f"has {size} bytes, at most {settings.max_filter_bytes} are allowed")
+    if _deeper_than(value, settings.max_filter_depth):
+        raise invalid(path, f"is nested deeper than {settings.max_filter_depth} levels")
     return Jsonb(value, dumps=lambda _: text)
 
 

@@ -1,4 +1,4 @@
-"""Is the process alive, and can it serve."""
+"""Is the process alive, can it serve, and what do its problems mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import psycopg
-from litestar import Router, get
+from litestar import Response, Router, get
 from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -81,4 +81,16 @@ async def ready(engine: Engine) -> Ready:
     return Ready("ready", await check(engine))
 
 
-router = Router("/", route_handlers=[health, ready], tags=["health"])
+# not in the OpenAPI document, which lists the codes: it is what the `type` of a problem leads to
+@get("/errors", media_type="text/markdown", include_in_schema=False, operation_id="errors")
+async def errors() -> Response[bytes]:
+    """What each problem means, when it happens and what to do: docs/errors.md of this version."""
+    return Response(_errors_page())
+
+
+@functools.cache
+def _errors_page() -> bytes:
+    return (migrate.resource("docs") / "errors.md").read_bytes()
+
+
+router = Router("/", route_handlers=[health, ready, errors], tags=["health"])

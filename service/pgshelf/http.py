@@ -98,7 +98,7 @@ def problems(*statuses: int) -> dict[int, ResponseSpec]:
             ProblemBody, generate_examples=False, media_type="application/problem+json", description=text
         )
         for status, text in PROBLEMS.items()
-        if status in {400, 401, 403, 500, 503, 504, *statuses}
+        if status in {400, 401, 403, 408, 429, 500, 503, 504, *statuses}
     }
 
 
@@ -107,11 +107,13 @@ PROBLEMS = {
     401: "No key, or one that is not valid; see WWW-Authenticate",
     403: "The key may not do this",
     404: "Not found",
+    408: "The body did not come in time",
     409: "Conflict, or a stale If-Match",
     410: "Not kept any more",
     413: "Too large",
     415: "Content type not supported",
     422: "Well-formed but impossible here",
+    429: "Too many requests, in this time or at once; see Retry-After",
     500: "Internal error",
     502: "The embedding or reranking provider failed",
     503: "Database or provider unavailable; see Retry-After",
@@ -193,7 +195,7 @@ def render_problem(request: Request[Any, Any, Any], error: Exception) -> Respons
         told = {"request_id": request_id}
         log.error("%s: %s", problem.code, error, exc_info=None if known else error, extra=told)
     body = ProblemBody(
-        type=f"urn:pgshelf:error:{problem.code}",
+        type=f"/errors#{problem.code}",  # health.py has the page
         title=problem.title,
         status=problem.status,
         detail=problem.detail,
@@ -248,6 +250,7 @@ class Edge:
         if head:
             scope["method"] = "GET"
 
+        known: Any = scope
         status = 499  # the client went away before there was an answer
 
         async def answer(message: Message) -> None:
@@ -258,6 +261,7 @@ class Edge:
                 if "GET" in out.get("allow", ""):
                     out["allow"] += ", HEAD"
                 out["X-Request-Id"] = request_id
+                out.update(known.get("pgshelf_headers", {}))
                 spent["total"] = (time.perf_counter() - started) * 1000
                 out["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
             elif head and message["type"] == "http.response.body":
@@ -309,6 +313,9 @@ def known_content(app: ASGIApp) -> ASGIApp:
     return middleware
 
 
+EXPOSED = ("ETag", "Location", "Server-Timing", "WWW-Authenticate", "X-Request-Id")
+
+
 def cors(settings: Settings) -> CORSConfig | None:
     """Which web pages of other origins may call; none unless PGSHELF_CORS_ORIGINS names them."""
     origins = listed(settings.cors_origins)
@@ -318,7 +325,7 @@ def cors(settings: Settings) -> CORSConfig | None:
         allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
         allow_headers=["Authorization", "Content-Type", "If-Match", "Idempotency-Key", "X-Request-Id"],
-        expose_headers=["ETag", "Location", "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Request-Id"],
+        expose_headers=[*EXPOSED, "Retry-After", "RateLimit", "RateLimit-Policy"],
     )
 
 

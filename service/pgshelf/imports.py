@@ -207,7 +207,8 @@ class Import:
             except Exception as error:
                 problem = problem_of(error)
                 known = problem.code != "internal_error"
-                log.error("an import broke off: %s: %s", problem.code, error, exc_info=None if known else error)
+                level = logging.ERROR if problem.status >= 500 else logging.INFO
+                log.log(level, "an import broke off: %s: %s", problem.code, error, exc_info=None if known else error)
                 self._tell(ImportError(bulk.told(problem), self.committed))
                 # a client that sends everything before it reads shall find the answer
                 with contextlib.suppress(TimeoutError):

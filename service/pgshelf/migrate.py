@@ -40,7 +40,7 @@ class MigrationError(CommandError):
 
 
 def resource(name: str) -> Path:
-    """The folder `migrations` or `sql`: inside the installed package, or at the top of a checkout."""
+    """The folder `migrations`, `sql` or `docs`: inside the installed package, or at the top of a checkout."""
     packaged = Path(__file__).parent / name
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / name
 

@@ -292,7 +292,7 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "expires_at": "2026-01-05T09:10:00Z",
     },
     ProblemBody: {
-        "type": "urn:pgshelf:error:library_not_found",
+        "type": "/errors#library_not_found",
         "title": CODES["library_not_found"][1],
         "status": 404,
         "detail": 'There is no library "handbok".',
@@ -308,7 +308,7 @@ SHARED = {  # what the structs of http.py do not say of themselves
     "Page": {"items": "The items, in order.", "next": "Send it as `after` for the page behind; null at the end."},
     "FieldError": {"path": "Where in the request.", "message": "What is wrong there."},
     "ProblemBody": {
-        "type": "A URN made of the code.",
+        "type": "Where the code is explained: a section of the page /errors of every service.",
         "title": "The code, in words; the same every time.",
         "status": "The status of the answer.",
         "detail": "What is wrong this time, and what to do about it.",
@@ -328,6 +328,8 @@ HEADERS = {
     "ETag": ("The version of the document, for If-Match.", "string"),
     "WWW-Authenticate": ("How to say who calls.", "string"),
     "Retry-After": ("Seconds to wait before trying again.", "integer"),
+    "RateLimit-Policy": ("The quota: `q` requests in `w` seconds.", "string"),
+    "RateLimit": ("What is left of it: `r` requests, all of them again in `t` seconds.", "string"),
 }
 SENT = {  # in successful answers, beside what every answer has
     "createLibrary": ["Location"],
@@ -372,6 +374,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             names += SENT.get(operation["operationId"], []) if int(status) < 400 else []
             names += ["Retry-After"] if int(status) in RETRY_AFTER else []
             names += ["WWW-Authenticate"] if int(status) == 401 else []
+            names += ["RateLimit-Policy", "RateLimit"] if int(status) == 429 else []
             response["headers"] = {
                 name: {"description": HEADERS[name][0], "schema": {"type": HEADERS[name][1]}} for name in names
             }

@@ -11,7 +11,7 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters
-from pgshelf.http import Answer, LibraryName, problems
+from pgshelf.http import Answer, Config, LibraryName, problems
 from pgshelf.idempotency import Write
 from pgshelf.searching import Filter
 
@@ -36,9 +36,11 @@ class Retried(msgspec.Struct):
     summary="Try failed embeddings again",
     operation_id="retryEmbeddings",
 )
-async def retry_embeddings(library: LibraryName, data: JSONBody[RetryEmbeddings], once: Write) -> Answer[Retried]:
+async def retry_embeddings(
+    library: LibraryName, data: JSONBody[RetryEmbeddings], once: Write, settings: Config
+) -> Answer[Retried]:
     """Let the worker try again the chunks that it gave up, of all documents or of those that match a filter."""
-    condition = filters.parameter(data.filter)
+    condition = filters.parameter(data.filter, settings)
 
     async def change(connection: AsyncConnection) -> Answer[Retried]:
         rows = await database.rows(connection, "select pgshelf.retry_embeddings(%s, %s)", library, condition)

@@ -334,7 +334,7 @@ async def ask(engine: AsyncEngine, settings: Settings, library: str, data: Searc
     maker: Jsonb | None = None
     if data.like is not None:
         vector, condition, maker = await _like(engine, library, data.like, condition)
-    parameter = filters.parameter(condition)
+    parameter = filters.parameter(condition, settings)
     mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
     if mode == "text":
         return Question(mode, None, data.query, parameter)

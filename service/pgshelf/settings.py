@@ -16,6 +16,8 @@ from msgspec import Meta
 PREFIX = "PGSHELF_"
 BASE_URLS = {"cohere_base_url": "https://api.cohere.com", "openai_base_url": "http://localhost:8000/v1"}
 # `*`, or origins as browsers send them, separated by commas
+# such as 100/s, 600/10min; `off`: none; empty: what the preset says
+RATE = r"^(off|[1-9][0-9]{0,8}/([1-9][0-9]{0,4})?(s|min|h|d))?\Z"
 ORIGINS = r"^(\*|(https?://[^/?#,\s@*]+(,\s*https?://[^/?#,\s@*]+)*)?)\Z"
 
 
@@ -100,6 +102,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     circuit_failures: Annotated[int, Meta(ge=1, le=1000)] = 5
     circuit_wait: Annotated[float, Meta(gt=0, le=3600)] = 60.0
 
+    rate_limits: Annotated[str, Meta(pattern="^(off|team|public)$")] = "off"
+    rate_limit_search: Annotated[str, Meta(pattern=RATE)] = ""
+    rate_limit_write: Annotated[str, Meta(pattern=RATE)] = ""
+    rate_limit_import: Annotated[str, Meta(pattern=RATE)] = ""
+    rate_limit_admin: Annotated[str, Meta(pattern=RATE)] = ""
+    max_concurrent_requests: Annotated[int, Meta(ge=0)] = 0
+    max_concurrent_streams: Annotated[int, Meta(ge=0)] = 0
+    trusted_proxies: str = ""
+
+    max_connections: Annotated[int, Meta(ge=1, le=100_000)] = 1024
+    header_timeout: Annotated[float, Meta(gt=0, le=3600)] = 30.0
+    body_timeout: Annotated[float, Meta(gt=0, le=3600)] = 30.0
+
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
 
@@ -111,6 +126,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_chunks: Annotated[int, Meta(ge=1)] = 1000
     max_metadata_bytes: Annotated[int, Meta(ge=2)] = 64 * 1024
     max_metadata_depth: Annotated[int, Meta(ge=1, le=100)] = 16
+    max_filter_bytes: Annotated[int, Meta(ge=2)] = 64 * 1024
+    max_filter_depth: Annotated[int, Meta(ge=1, le=40)] = 40
     max_k: Annotated[int, Meta(ge=1, le=10_000)] = 1000
     max_offset: Annotated[int, Meta(ge=0, le=1_000_000)] = 10_000
     max_batch: Annotated[int, Meta(ge=1, le=10_000)] = 100
@@ -138,6 +155,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
                 urlsplit(getattr(self, name) or "").port  # noqa: B018 - reading it is what checks it
             except ValueError:
                 raise ValueError(f"{name} must be an address such as {example}") from None
+        networks(self.trusted_proxies)
         self._check_jwt()
 
     def _check_jwt(self) -> None:
@@ -210,6 +228,17 @@ def _shown(name: str, value: object) -> str:
 def listed(text: str) -> list[str]:
     """The parts of a setting that is a list, separated by commas."""
     return [part for part in map(str.strip, text.split(",")) if part]
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def networks(text: str) -> list[Network]:
+    """The networks of a setting that lists some, such as 10.0.0.0/8; an address is a network of its own."""
+    try:
+        return [ipaddress.ip_network(entry, strict=False) for entry in listed(text)]
+    except ValueError as error:
+        raise ValueError(f"{error}; list addresses, or networks such as 10.0.0.0/8") from None
 
 
 def is_loopback(host: str) -> bool:

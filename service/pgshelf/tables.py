@@ -526,3 +526,15 @@ audit_log = Table(
     Index("audit_log_library_idx", "library_id", "at", "id", postgresql_where=text("library_id is not null")),
     comment="Who did what to which library: only added to, the worker forgets old rows.",
 )
+
+rate_shares = Table(
+    "rate_shares",
+    metadata,
+    Column("caller", Text, nullable=False),
+    Column("class", Text, nullable=False),
+    Column("whole_at", moment, nullable=False, comment="When all of the share is there again."),
+    PrimaryKeyConstraint("caller", "class", name="rate_shares_pkey"),
+    comment="What callers have used of their shares of requests, by class.",
+    prefixes=["UNLOGGED"],
+    postgresql_with={"fillfactor": "50"},
+)

@@ -24,6 +24,7 @@ PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
 FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
 PRUNE_AUDIT = "select pgshelf.prune_audit(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
+FORGET_RATES = "select pgshelf.forget_rate_shares()"
 TIDY = 60.0  # seconds between two times
 UNTIL_OWNER = 60.0  # seconds until a role that may not build is asked again
 Step = Callable[[AsyncEngine, Settings], Awaitable[Any]]
@@ -75,12 +76,13 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
 
 
 async def tidy(engine: AsyncEngine, settings: Settings) -> int:
-    """Forget a batch of changes, stored answers, imports and rows of the audit log that are old enough; how many."""
+    """Forget a batch of changes, stored answers, imports, audit rows and rates that are old enough; how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
     imports = await database.run(engine, FORGET_IMPORTS, timedelta(hours=settings.import_retention))
     audit = await database.run(engine, PRUNE_AUDIT, timedelta(days=settings.audit_retention))
-    return sum(int(forgotten[0][0]) for forgotten in (changes, answers, imports, audit))
+    rates = await database.run(engine, FORGET_RATES)
+    return sum(int(forgotten[0][0]) for forgotten in (changes, answers, imports, audit, rates))
 
 
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:

@@ -30,7 +30,7 @@ def problem(response: httpx2.Response, status: int, code: str) -> dict[str, Any]
     assert (response.status_code, code_of(response)) == (status, code), response.text
     assert response.headers["content-type"].split(";")[0] == "application/problem+json"
     body: dict[str, Any] = response.json()
-    assert body["type"] == f"urn:pgshelf:error:{code}"
+    assert body["type"] == f"/errors#{code}"
     assert (body["status"], body["title"]) == CODES[code]
     assert body["request_id"] == response.headers["x-request-id"]
     assert body["instance"].startswith("/")
@@ -38,7 +38,7 @@ def problem(response: httpx2.Response, status: int, code: str) -> dict[str, Any]
     assert not [inside for inside in INSIDES if inside in body["detail"]], body["detail"]
     for item in body.get("errors") or []:
         assert set(item) == {"path", "message"} and item["path"] and item["message"], item
-    assert ("retry-after" in response.headers) == (status in (503, 504)), response.headers
+    assert ("retry-after" in response.headers) == (status in (429, 503, 504)), response.headers
     return body
 
 

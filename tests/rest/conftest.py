@@ -20,7 +20,7 @@ async def api(
     """An HTTP client for an application on the database of the file; low limits, no worker."""
     limits = {"max_body_bytes": 200_000, "max_chunks": 20, "max_text_length": 50_000, "max_query_length": 500}
     limits |= {"max_k": 100, "max_offset": 200, "max_page": 50, "max_title_length": 100, "max_metadata_bytes": 2000}
-    limits |= {"max_metadata_depth": 5, "max_chunk_length": 2000}
+    limits |= {"max_metadata_depth": 5, "max_chunk_length": 2000, "max_filter_bytes": 3000, "max_filter_depth": 20}
     settings = Settings(
         database_url=shared_database_url,
         data_dir=tmp_path_factory.mktemp("data"),

@@ -123,17 +123,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_every_route_is_in_the_matrix_and_has_a_rule(service: Service) -> None:
-    assert set(service.operations) == set(MATRIX) == set(RULES) - {"metrics"}
+    assert set(service.operations) == set(MATRIX) == set(RULES) - {"metrics", "errors"}
 
 
 async def test_routes_that_the_document_leaves_out(service: Service) -> None:
-    """All that answers is in the document, but for the reference itself and the metrics, which name libraries."""
+    """All that answers is in the document, but for the two references and the metrics, which name libraries."""
     app: Any = service.client._transport.app  # type: ignore[attr-defined]  # the application under test
     routes = {route.path for route in app.routes}
     documented = {path for _, path, _ in service.operations.values()}
     parameters = re.compile(r"\{(\w+):str\}")
     left_out = {parameters.sub(r"{\1}", path) for path in routes} - documented
-    assert left_out == {"/metrics", "/schema", "/schema/{path}", "/schema/openapi.json"}
+    assert left_out == {"/errors", "/metrics", "/schema", "/schema/{path}", "/schema/openapi.json"}
     problem(await service.client.get("/metrics"), 401, "unauthorized")
     narrow, wide = key(service.url, "narrow scraper", "admin", "*a*"), key(service.url, "scraper", "reader")
     problem(await service.client.get("/metrics", headers=bearer(narrow)), 403, "forbidden")

@@ -36,7 +36,7 @@ def test_every_operation_that_writes_has_an_action() -> None:
     reading = {
         operation
         for operation in RULES
-        if re.match(r"(get|list|query|search|facets|export|library|metrics|health|ready)", operation)
+        if re.match(r"(errors|get|list|query|search|facets|export|library|metrics|health|ready)", operation)
     }
     assert set(RULES) - reading == set(auditing.OPERATIONS)
     assert not {operation for operation in reading if (RULES[operation].role or "reader") == "writer"}

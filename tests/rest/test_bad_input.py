@@ -333,6 +333,9 @@ SEARCHES = [
         ({"k": 2**63}, "k"), ({"k": None}, "k"), ({"offset": -1}, "offset"), ({"offset": 201}, "at most 200"),
         ({"offset": 10**25}, "offset"), ({"include": ["vectors"]}, "include"), ({"include": "text"}, "include"),
         ({"include": None}, "include"), ({"exact": "yes"}, "exact"), ({"max_distance": "far"}, "max_distance")]),
+    post(SEARCH, searching({"filter": {"a": {"$in": ["x" * 3000]}}}), INVALID, "at most 3000"),
+    post(SEARCH, searching({"filter": {"a": deep(20)}}), INVALID, "deeper than 20 levels"),
+    Case("GET", f"{SHELF}/export?filter=" + "%7B%22a%22:" * 21 + "1" + "%7D" * 21, None, INVALID, "deeper than"),
     post(SEARCH, packed({"vector": raw(1, 0, 0), "max_distance": NAN}), INVALID, "max_distance"),
     post(SEARCH, packed({"vector": raw(1, 0, 0), "min_score": INF}), INVALID, "min_score"),
 ]  # fmt: skip

@@ -410,3 +410,22 @@ async def test_deadlocks_of_two_imports_of_the_same_keys_are_none(client: httpx2
     assert sum(count["created"] for count in counts) == 300
     assert sum(count["replaced"] for count in counts) == 600
     assert len(await pages(client, at("libraries", "shelf", "documents"), 1000)) == 300
+
+
+async def test_an_import_whose_client_falls_silent_ends(
+    database_url: str, make_settings: MakeSettings, make_client: MakeClient
+) -> None:
+    """What came is committed, and it goes on when the same lines are sent again."""
+    client = await make_client(make_settings(database_url, body_timeout=1.5))
+    await library(client)
+    name, forever = {**NDJSON, "Idempotency-Key": "n"}, asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield lines(entry("a"), entry("b"))
+        await forever.wait()
+
+    answer = await client.post(IMPORT, content=body(), headers=name)
+    *_, last = [json.loads(line) for line in answer.text.splitlines()]
+    assert (last["error"]["code"], last["committed_lines"]) == ("request_timeout", 2)
+    found = await send(client, lines(entry("a"), entry("b"), entry("c")), **{"Idempotency-Key": "n"})
+    assert found[-1] == done(lines=3, skipped=2, created=1)

@@ -63,7 +63,7 @@ def ok(body: Any = None, status: int = 200) -> httpx2.Response:
 
 
 def problem(status: int, code: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx2.Response:
-    body = {"type": f"urn:pgshelf:error:{code}", "title": "A title", "status": status, "code": code, **fields}
+    body = {"type": f"/errors#{code}", "title": "A title", "status": status, "code": code, **fields}
     content = json.dumps(body).encode()
     return httpx2.Response(
         status, content=content, headers={"Content-Type": "application/problem+json", **(headers or {})}

@@ -1,4 +1,5 @@
-"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests, probes.
+"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests, probes,
+slow clients, hostile texts.
 
 All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --probes 0"`.
 """
@@ -12,10 +13,17 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx2
+import psutil
 
-from tests.soak import ingestion, outage
+from pgshelf import embedded, migrate
+from pgshelf.app import create_app
+from pgshelf.settings import Settings
+from tests.conftest import _lifespan
+from tests.rest.asking import bearer, key, ok
+from tests.soak import ingestion, injection, outage, slow_clients
 from tests.soak.borders import crossed
 from tests.soak.crash import KINDS, Ingestion, service
 from tests.soak.embedders import DIMENSIONS, changing
@@ -122,6 +130,46 @@ async def away(kind: str, minutes: float, version: int) -> None:
     print(f"all as before after {seen.healed:.1f} s", flush=True)
 
 
+async def crowded(clients: int, version: int) -> None:
+    print(f"{clients} clients one after another, slow ones and many at once, two processes", flush=True)
+    patience = 5.0
+    timeouts = {"header_timeout": str(patience), "body_timeout": str(patience), "embedder": "none"}
+    size = {"documents": 2000, "each": max(1, clients // 100), "half_open": clients // 10, "in_turn": clients}
+    size |= {"at_once": 200, "readers": 20, "reading": 15}
+    with service(version, **timeouts) as target:
+        await target.ready()
+        before = held(target.workers())
+        told = await slow_clients.all_of_it(target.url, target.database.url(), patience, size)
+        await asyncio.sleep(patience)
+        for name, figure in told.items():
+            print(f"  {name}: {figure}")
+        after = held(target.workers())
+        print(f"  files and MiB of the processes, before and after: {before}, {after}", flush=True)
+        assert told["longest"] < 3.0, "others had to wait"
+        assert all(files < 100 for files, _ in after), "connections are left over"
+
+
+def held(processes: list[psutil.Process]) -> list[tuple[int, int]]:
+    return [(each.num_fds(), each.memory_info().rss // 2**20) for each in processes]
+
+
+async def inject(share: float, seed: int, version: int) -> None:
+    print(f"seed {seed}: {share:.0%} of all hostile texts through every place that takes one", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with embedded.start(Path(folder), version, settings={"fsync": "off"}) as server:
+            migrate.upgrade(server.url(), warn=False)
+            secret, begun = key(server.url(), "root", "admin"), time.monotonic()
+            app = create_app(Settings(database_url=server.url(), auth="on", worker_enabled=False))
+            async with _lifespan(app):
+                transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+                options: dict[str, Any] = {"base_url": "http://localhost", "headers": bearer(secret), "timeout": 60}
+                async with httpx2.AsyncClient(transport=transport, **options) as client:
+                    corpus = injection.Corpus(client, server.url(), ok(await client.get("/schema")))
+                    corpus.prepare()
+                    await corpus.run(random.Random(seed), share)
+    print(f"nothing happened\n{corpus.figures()}\n{(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="during ingestion")
@@ -132,6 +180,17 @@ def main() -> None:
     parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
     parser.add_argument("--outage", type=float, default=3, help="minutes for which a provider is away, in each way")
     parser.add_argument("--probes", type=int, default=10_000, help="of libraries that a caller does not see")
+    parser.add_argument(
+        "--slow-clients",
+        type=int,
+        nargs="?",
+        const=10_000,
+        default=10_000,
+        help="connections one after another, and slow ones",
+    )
+    parser.add_argument(
+        "--injection", type=float, nargs="?", const=1, default=1, help="share of the hostile texts that each place gets"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
@@ -153,6 +212,10 @@ def main() -> None:
     if options.outage:
         for kind in outage.KINDS:
             asyncio.run(away(kind, options.outage, options.version))
+    if options.slow_clients:
+        asyncio.run(crowded(options.slow_clients, options.version))
+    if options.injection:
+        asyncio.run(inject(options.injection, options.seed, options.version))
 
 
 if __name__ == "__main__":

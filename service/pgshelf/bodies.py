@@ -1,0 +1,65 @@
+"""Bodies that come too slowly: a client that sends nothing, or next to nothing, is not waited for without end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from litestar.enums import ScopeType
+
+from pgshelf.errors import Problem
+from pgshelf.http import NDJSON
+from pgshelf.settings import Settings
+from pgshelf.timing import stage
+
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp, Receive, Scope, Send
+
+PACE = 1000  # bytes a second; what comes faster may take as long as it takes
+
+
+def patience(settings: Settings) -> Callable[[ASGIApp], ASGIApp]:
+    """A middleware behind routing: bodies are waited for as `patient` does it."""
+
+    def middleware(app: ASGIApp) -> ASGIApp:
+        async def impatient(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == ScopeType.HTTP:
+                handler: Any = scope["route_handler"]
+                receive = patient(receive, settings.body_timeout, stream=handler.media_type == NDJSON)
+            await app(scope, receive, send)
+
+        return impatient
+
+    return middleware
+
+
+def patient(receive: Receive, seconds: float, *, stream: bool = False) -> Receive:
+    """A `receive` that gives up when nothing has come for so long, or, but for a stream, too little in all.
+
+    Once the body is there it waits as long as it is asked to: then only the end of the connection can come.
+    """
+    begun: float | None = None
+    came, ended = 0, False
+
+    async def wait() -> Any:
+        nonlocal begun, came, ended
+        if ended:
+            return await receive()
+        now = time.monotonic()
+        begun = begun or now
+        left = seconds if stream else min(seconds, begun + seconds + came / PACE - now)
+        try:
+            with stage("receive"):
+                async with asyncio.timeout(left):
+                    message = await receive()
+        except TimeoutError:
+            detail = f"Only {came} bytes of the body came, then nothing for too long. Send it faster, or in parts."
+            raise Problem("request_timeout", detail) from None
+        if message["type"] == "http.request":
+            came += len(message.get("body", b""))
+        ended = not message.get("more_body", False)
+        return message
+
+    return wait
