@@ -64,7 +64,7 @@ def hand_over(admin: psycopg.Connection[Any], owner: str, vector_schema: str) ->
           alter schema pgshelf owner to {owner};
           for v_name in select format('%s %s', k.kind, c.oid::regclass) from pg_class c
             join (values ('r', 'table'), ('p', 'table'), ('v', 'view'), ('S', 'sequence')) k(relkind, kind)
-              using (relkind)
+              on k.relkind = c.relkind::text
             where c.relnamespace = 'pgshelf'::regnamespace and (c.relkind <> 'S'
               or not exists (select from pg_depend d where d.objid = c.oid and d.deptype in ('a', 'i'))) loop
             execute format('alter %s owner to {owner}', v_name);

@@ -11,9 +11,10 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import auditing, worker
+from pgshelf import auditing, database, worker
 from pgshelf.access import RULES
-from tests.conftest import MakeClient
+from pgshelf.app import create_app
+from tests.conftest import MakeClient, _lifespan
 from tests.rest.asking import at, bearer, chunks, document, key, library, ok, problem, until
 from tests.roles import ask
 
@@ -143,25 +144,23 @@ async def test_what_is_not_done_leaves_none(admin: httpx2.AsyncClient, database_
 async def test_refused_attempts_are_counted(
     database_url: str, settings: Any, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auditing, "PAUSE", 0.2)
+    monkeypatch.setattr(auditing, "PAUSE", 3600.0)  # what is there is written at the end
     root, reader = key(database_url, "root", "admin"), key(database_url, "reader", "reader")
     revoked = key(database_url, "gone", "writer", revoked=True)
-    client = await make_client(settings)
-    for _ in range(3):
-        problem(await client.post(at("libraries", "secret", "documents"), json={}), 401, "unauthorized")
-    problem(await client.delete(at("libraries", "secret"), headers=bearer(reader)), 403, "forbidden")
-    problem(await client.post("/v1/token", json={"role": "admin"}, headers=bearer(reader)), 403, "forbidden")
-    for _ in range(2):
-        problem(await client.get("/v1/libraries", headers=bearer(revoked)), 401, "key_revoked")
-    problem(await client.get("/v1/libraries", headers=bearer("pgs_" + "x" * 43)), 401, "invalid_key")
-    # a flood of different ones
-    for n in range(2 * auditing.MOST):
-        await client.get(at("libraries", f"guess-{n}"))
-
-    async def written() -> bool:
-        return entries(database_url)[-1:] != [] and entries(database_url)[-1][-1] == "others"
-
-    await until(written)
+    app = create_app(settings)
+    async with _lifespan(app):
+        transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for _ in range(3):
+                problem(await client.post(at("libraries", "secret", "documents"), json={}), 401, "unauthorized")
+            problem(await client.delete(at("libraries", "secret"), headers=bearer(reader)), 403, "forbidden")
+            problem(await client.post("/v1/token", json={"role": "admin"}, headers=bearer(reader)), 403, "forbidden")
+            for _ in range(2):
+                problem(await client.get("/v1/libraries", headers=bearer(revoked)), 401, "key_revoked")
+            problem(await client.get("/v1/libraries", headers=bearer("pgs_" + "x" * 43)), 401, "invalid_key")
+            problem(await client.get(at("libraries", "nothing"), headers=bearer(reader)), 404, "library_not_found")
+            for n in range(2 * auditing.MOST):  # a flood of different ones
+                await client.get(at("libraries", f"guess-{n}"))
     rows = entries(database_url)
     address = "127.0.0.1"
     assert rows[:5] == [
@@ -174,10 +173,30 @@ async def test_refused_attempts_are_counted(
     assert len(rows) == auditing.MOST + 1
     assert rows[-1] == ("access", "refused", "anybody", "", None, None, 5 + auditing.MOST, "others")
     assert all(request for (request,) in entries(database_url, "request_id")[:5])
-    found = ok(
-        await client.get("/v1/audit", params={"outcome": "refused", "action": "token.create"}, headers=bearer(root))
-    )
+    client = await make_client(settings, headers=bearer(root))
+    found = ok(await client.get("/v1/audit", params={"outcome": "refused", "action": "token.create"}))
     assert [item["principal"] for item in found["items"]] == ["reader"]
+
+
+async def test_refused_attempts_are_written_soon_and_hold_nobody_up(
+    database_url: str, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auditing, "PAUSE", 0.05)
+    engine = database.make_engine(settings, database_url)
+    try:
+        refusals = auditing.Refusals(engine)
+        refusals.note(auditing.Entry("access", "anybody", "10.0.0.1", None, library="x", detail="search: unauthorized"))
+
+        async def written() -> bool:
+            return [row[3] for row in entries(database_url)] == ["10.0.0.1"]
+
+        await until(written)
+        refusals.note(auditing.Entry("access", "anybody", "10.0.0.2", None))
+        monkeypatch.setattr(auditing, "ADD_REFUSED", "select 1 / 0, %s::jsonb")
+        await refusals.close()
+        assert "1 refused attempts were not recorded: division by zero" in caplog.text
+    finally:
+        await engine.dispose()
 
 
 async def test_the_log_is_read_newest_first_and_by_what_it_tells(admin: httpx2.AsyncClient, database_url: str) -> None:
@@ -244,8 +263,6 @@ def test_rows_are_only_added_and_end_by_age(database_url: str) -> None:
 
 
 async def test_the_worker_forgets_what_is_old(database_url: str, make_settings: Any) -> None:
-    from pgshelf import database
-
     settings = make_settings(database_url, audit_retention=1 / 86400)
     engine = database.make_engine(settings, database_url)
     try:
