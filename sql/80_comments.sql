@@ -1,9 +1,9 @@
 -- What an analyst reads in psql (\d+, \df+).
 
-comment on view pgshelf.libraries_overview is 'Every library with its numbers: documents, chunks, pending and failed embeddings, bytes.';
-comment on view pgshelf.documents_view is 'Every document with the name of its library; join your tables to its id.';
+comment on view pgshelf.libraries_overview is 'The libraries that you were granted, with their numbers: documents, chunks, pending and failed embeddings, bytes.';
+comment on view pgshelf.documents_view is 'The documents that you may read, with the name of their library; join your tables to their ids.';
 comment on column pgshelf.documents_view.version is 'Grows with every change of the document or its chunks.';
-comment on view pgshelf.chunks_view is 'Every chunk with the name of its library and the key of its document. To search, call pgshelf.search.';
+comment on view pgshelf.chunks_view is 'The chunks that you may read, with the name of their library and the key of their document. To search, call pgshelf.search.';
 comment on column pgshelf.chunks_view.status is 'ready; pending: waits for its vector; failed: given up, see pending_embeddings.error.';
 comment on view pgshelf.pending_embeddings is 'Chunks that wait for a vector, how often it was tried and why it failed.';
 
