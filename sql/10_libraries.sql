@@ -107,6 +107,7 @@ begin
         delete from pgshelf.word_statistics w where w.library_id = v_library;
         delete from pgshelf.move_log m where m.library_id = v_library;
         delete from pgshelf.events e where e.library_id = v_library;
+        delete from pgshelf.library_marks m where m.library_id = v_library;
       end if;
     exception when foreign_key_violation then
       -- tried again later: the reference may be gone by then

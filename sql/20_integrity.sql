@@ -9,15 +9,20 @@ as $$
 declare
   v_dimension int;
   v_metric text;
+  v_marked boolean;
 begin
   -- rows of a move to vectors of another embedder have that one's dimension; their table checks it
-  select case when new.shelf = l.moving_to and l.moving_change is not null then @vector@.vector_dims(new.embedding) else l.dimension end, l.metric
-    into v_dimension, v_metric
+  select case when new.shelf = l.moving_to and l.moving_change is not null then @vector@.vector_dims(new.embedding) else l.dimension end, l.metric,
+      new.shelf <> l.shelf or current_setting('pgshelf.marked', true) is not distinct from l.id::text
+    into v_dimension, v_metric, v_marked
     from pgshelf.documents d join pgshelf.libraries l on l.id = d.library_id
     where d.id = new.document_id and d.library_id = new.library_id for key share of d;
   if not found then
     raise foreign_key_violation using schema = 'pgshelf', table = 'chunks', constraint = 'chunks_document',
       message = format('document %s does not exist in library %s', new.document_id, new.library_id);
+  end if;
+  if not v_marked then
+    perform pgshelf.mark_libraries(array[new.library_id]);
   end if;
   if new.embedding is null then
     perform pgshelf.library_waits(new.library_id, new.embed_after);
@@ -87,6 +92,7 @@ begin
     perform pg_advisory_xact_lock_shared(x'6c6962'::int, hashtext(v_gone.library_id::text));
     select * into v_library from pgshelf.libraries l where l.id = v_gone.library_id for key share;
     continue when not found;
+    perform pgshelf.mark_libraries(array[v_gone.library_id]);
     foreach v_shelf in array case v_library.moving when 2 then array[v_library.shelf, v_library.moving_to]
       else array[v_library.shelf] end loop
       execute format('delete from pgshelf.chunks_s%s where library_id = $1 and document_id = any ($2)', v_shelf)

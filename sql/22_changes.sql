@@ -7,6 +7,7 @@ create or replace function pgshelf.documents_embedded(p_library uuid, p_document
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform pgshelf.mark_libraries(array[p_library]);
   insert into pgshelf.change_log (library_id, kind, document_id, key, version)
     select d.library_id, 'embedded', d.id, d.key, d.version from pgshelf.documents d
     where d.library_id = p_library and d.id = any (p_documents) order by d.id;

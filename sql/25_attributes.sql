@@ -91,6 +91,7 @@ create or replace function pgshelf.documents_inserted() returns trigger
   language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform pgshelf.mark_libraries(array(select distinct f.library_id from fresh f));
   insert into pgshelf.change_log (library_id, kind, document_id, key, version, created)
     select f.library_id, 'put', f.id, f.key, f.version, true from fresh f;
   perform pgshelf.lock_attributes(array(select distinct f.library_id from fresh f));
@@ -114,6 +115,7 @@ as $$
 declare
   v_libraries uuid[] := array(select distinct f.library_id from fresh f join gone g on g.id = f.id where f.metadata is distinct from g.metadata);
 begin
+  perform pgshelf.mark_libraries(array(select f.library_id from fresh f union select g.library_id from gone g));
   -- an update that changes nothing, as of a library that moves, is no change
   insert into pgshelf.change_log (library_id, kind, document_id, key, version, created)
     select f.library_id, 'put', f.id, f.key, f.version, false from fresh f join gone g on g.id = f.id

@@ -311,6 +311,7 @@ begin
   insert into pgshelf.word_statistics (library_id, chunks, bytes) values (p_library, v_chunks, v_bytes)
     on conflict on constraint word_statistics_pkey do update set chunks = excluded.chunks, bytes = excluded.bytes, made_at = now();
   -- the scores of word searches are others now
+  perform pgshelf.mark_libraries(array[p_library]);
   insert into pgshelf.change_log (library_id, kind, version) select l.id, 'library', l.version from pgshelf.libraries l where l.id = p_library;
   return true;
 end $$;

@@ -56,12 +56,14 @@ begin
     'document_named', 'write_document', 'write_documents', 'refused_documents', 'embedded_texts', 'embedded_texts_of', 'pending_chunks',
     'patch_document', 'sorted_documents', 'count_chunks', 'chunk_named', 'document_chunks', 'patch_chunk', 'delete_chunk', 'vector_of',
     'add_event', 'begin_import', 'continue_import', 'end_import', 'open_export', 'read_changes', 'stamp_changes', 'look_for_changes',
+    -- the query cache
+    'search_state', 'forget_answers',
     -- keys, limits of callers, the audit log
     'create_key', 'key_named', 'revoke_key', 'rotate_key', 'issue_token', 'key_used', 'take_requests', 'audit',
     -- what the worker inside the service does
     'claim_pending', 'lease_again', 'store_embeddings', 'fail_embeddings', 'cached_embeddings', 'cache_embeddings', 'evict_embeddings',
     'fill_attributes', 'reap_deleted', 'stamp_all_changes', 'prune_changes', 'forget_imports', 'prune_idempotency_keys', 'prune_audit',
-    'forget_rate_shares'] loop
+    'forget_rate_shares', 'join_marks'] loop
     execute format('alter function pgshelf.%I security definer', v_name);
     if to_regrole('pgshelf_service') is not null then
       execute format('grant execute on function pgshelf.%I to pgshelf_service', v_name);

@@ -72,6 +72,8 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "max_offset": ("0", 0, "-1"),
     "max_page": ("10", 10, "10001"),
     "max_batch": ("10", 10, "10001"),
+    "cache_bytes": ("0", 0, "-1"),
+    "cache_ttl": ("1.5", 1.5, "0"),
     "changes_retention": ("0.5", 0.5, "0"),
     "changes_interval": ("1", 1.0, "0"),
     "changes_max_wait": ("0", 0.0, "-1"),

@@ -94,7 +94,35 @@ comment on table pgshelf.rate_shares is 'What callers have used of their shares 
 comment on column pgshelf.rate_shares.whole_at is 'When all of the share is there again.';
 """
 
+# Writers wait from here on, and then meet stubs: whatever commits later leaves a mark.
 CACHE = """
+lock table pgshelf.libraries, pgshelf.documents, pgshelf.chunks in share row exclusive mode;
+create or replace function pgshelf.documents_inserted() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create or replace function pgshelf.documents_updated() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create or replace function pgshelf.documents_deleted() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create or replace function pgshelf.chunk_written() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create table pgshelf.library_marks (
+  library_id uuid not null,
+  mark bigint not null default uuid_hash_extended(gen_random_uuid(), 0),
+  constraint library_marks_pkey primary key (library_id, mark)
+);
+alter table pgshelf.library_marks enable row level security;
+create function pgshelf.library_marked() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create function pgshelf.chunk_marked() returns trigger language plpgsql as
+  $$ begin raise 'sql/ has not been applied; run pgshelf migrate' using errcode = 'PS900'; end $$;
+create trigger library_marked after update on pgshelf.libraries
+  for each row execute function pgshelf.library_marked();
+create trigger chunk_marked after delete or update of shelf, ordinal, id, text, metadata, language on pgshelf.chunks
+  for each row when (current_setting('pgshelf.marked', true) is distinct from old.library_id::text)
+  execute function pgshelf.chunk_marked();
+comment on table pgshelf.library_marks is
+  'Random numbers left by whoever changes something: all of a library together are its state, for the query cache.';
+comment on column pgshelf.library_marks.library_id is 'The nil id stands for all libraries.';
 """
 
 REPLICATION = """
@@ -134,6 +162,10 @@ drop table pgshelf.rate_shares;
 """
 
 DOWN_CACHE = """
+drop trigger chunk_marked on pgshelf.chunks;
+drop trigger library_marked on pgshelf.libraries;
+drop function pgshelf.chunk_marked(), pgshelf.library_marked();
+drop table pgshelf.library_marks;
 """
 
 DOWN_REPLICATION = """

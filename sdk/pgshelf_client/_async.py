@@ -19,6 +19,7 @@ from .errors import ConnectionFailed
 from .types import (
     AuditEntry,
     BatchResult,
+    CacheInfo,
     Change,
     Changes,
     Chunk,
@@ -759,6 +760,19 @@ class AsyncClient:
         body = base.search_body(attributes=attributes, filter=filter, limit=limit)
         call = self._routes.call("POST", "libraries", library, "facets", body=body, reads=True)
         return await self._fetch(call, base.FACETS_RESULT)
+
+    async def cache_info(self) -> CacheInfo:
+        """How the server's query cache does; it takes a key that sees all libraries."""
+        return await self._fetch(self._routes.call("GET", "cache"), base.CACHE)
+
+    async def clear_cache(self, library: Name | None = None) -> None:
+        """Let every process of the server forget the answers that it keeps, of one library or of all.
+
+        Nothing stale is ever in there; this is for those who measure. It takes an admin's key that sees all libraries.
+        """
+        await self._answer(
+            self._routes.call("DELETE", "cache", params={"library": None if library is None else str(library)})
+        )
 
     # How a call is carried out
 

@@ -19,6 +19,7 @@ from .errors import UnexpectedAnswer
 from .types import (
     AuditEntry,
     BatchResult,
+    CacheInfo,
     Changes,
     Chunk,
     Document,
@@ -62,6 +63,7 @@ class Affected(msgspec.Struct, frozen=True):
     affected: int
 
 
+CACHE = msgspec.json.Decoder(CacheInfo)
 CHANGES = msgspec.json.Decoder(Changes)
 
 

@@ -345,14 +345,32 @@ class Explanation(Answer, frozen=True):
 class SearchResult(Answer, frozen=True):
     """The hits of a search, best first, and the milliseconds it took inside the server.
 
+    `cached` says that an equal search found them before, and that nothing has changed since then.
     `total`, `facets` (for each field its values, most frequent first) and `explain` are None unless asked for.
     """
 
     hits: list[Hit]
     took_ms: float
+    cached: bool = False
     total: int | None = None
     facets: dict[str, list[FacetValue]] | None = None
     explain: Explanation | None = None
+
+
+class CacheInfo(Answer, frozen=True):
+    """How the query cache does: of all processes of the server on its machine, since it started.
+
+    `max_bytes` is what each process may keep, `ttl` the seconds after which an answer goes in any case.
+    """
+
+    enabled: bool
+    max_bytes: int
+    ttl: float
+    entries: int
+    bytes: int
+    hits: int
+    misses: int
+    evictions: int
 
 
 class SearchFailure(Answer, frozen=True):

@@ -97,6 +97,8 @@ RULES: dict[str, Rule] = {
     "retryEmbeddings": WRITE,
     "listChanges": Rule("reader", "path", stream=True),
     "metrics": Rule("reader", everything=True, counts="admin"),  # it names libraries
+    "getCache": Rule("reader", everything=True, counts="admin"),
+    "clearCache": Rule("admin", everything=True),
     "createKey": KEYS,
     "listKeys": KEYS,
     "getKey": KEYS,

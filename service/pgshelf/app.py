@@ -21,6 +21,7 @@ from pgshelf import (
     audit,
     batch,
     bodies,
+    cache,
     changes,
     chunks,
     database,
@@ -40,6 +41,7 @@ from pgshelf import (
     metrics,
     openapi,
     providers,
+    query_cache,
     retry,
     search,
     worker,
@@ -56,6 +58,7 @@ TAGS = [
     Tag("embedders", "Who makes the vectors of a library, and how that is changed while it is searched and written."),
     Tag("indexes", "How a library is searched: exactly, or by an index, which is built while searches go on."),
     Tag("search", "Find the nearest chunks."),
+    Tag("cache", "Answers of searches that are kept, and given again while nothing has changed."),
     Tag("changes", "What happens in a library, one after the other."),
     Tag("keys", "Who may call, with which role, and which libraries each sees. docs/security.md has the whole of it."),
     Tag("audit", "Who did what to which library."),
@@ -80,6 +83,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     engine = database.make_engine(settings, settings.database_url)
     metrics.observe_pool(engine)
     readers = changes.Readers(engine, settings)
+    answers = query_cache.QueryCache(settings, settings.database_url)
     guard = access.Guard(settings, engine, settings.database_url)
 
     @contextlib.asynccontextmanager
@@ -90,12 +94,14 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         async with reconciler, changes.waking(readers):
             yield
         await guard.close()
+        await answers.close()
         await providers.close()
         await engine.dispose()
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
     handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router, audit.router]
+    handlers.append(cache.router)
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
@@ -103,6 +109,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             "settings": Provide(lambda: settings, sync_to_thread=False),
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: readers, sync_to_thread=False),
+            "cache": Provide(lambda: answers, sync_to_thread=False),
             "once": Provide(idempotency.once),
             "audited": Provide(idempotency.audited, sync_to_thread=False),
             "principal": Provide(access.principal, sync_to_thread=False),

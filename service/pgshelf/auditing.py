@@ -36,6 +36,7 @@ OPERATIONS = {
     "updateChunk": "chunk.update",
     "deleteChunk": "chunk.delete",
     "retryEmbeddings": "embedding.retry",
+    "clearCache": "cache.clear",
     "createKey": "key.create",
     "rotateKey": "key.rotate",
     "revokeKey": "key.revoke",

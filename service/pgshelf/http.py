@@ -324,7 +324,7 @@ def cors(settings: Settings) -> CORSConfig | None:
     return CORSConfig(
         allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
-        allow_headers=["Authorization", "Content-Type", "If-Match", "Idempotency-Key", "X-Request-Id"],
+        allow_headers=["Authorization", "Cache-Control", "Content-Type", "If-Match", "Idempotency-Key", "X-Request-Id"],
         expose_headers=[*EXPOSED, "Retry-After", "RateLimit", "RateLimit-Policy"],
     )
 

@@ -1,21 +1,15 @@
 """What an operator's Prometheus reads at `/metrics`: requests and stages of all processes, and what the database says.
 
-Serving processes write their numbers to files of one folder, which `pgshelf serve` makes and names to
-prometheus-client; whichever process is asked adds them up. What is one for all processes is asked of the database.
+Whichever process is asked adds up what all have counted. What is one for all processes is asked of the database.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 from litestar import Response, Router, get
-from litestar.di import NamedDependency
-from litestar.params import SkipValidation
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client import generate_latest as exposition
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,10 +17,9 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
+from pgshelf.counts import Folder, everywhere
 from pgshelf.http import Config, Engine, Served
 
-# Where the processes of a service keep their numbers; None where there is but one process.
-Folder = NamedDependency[SkipValidation[Path | None]]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 REQUESTS = Counter("pgshelf_http_requests", "Requests answered.", ["method", "route", "status"])
@@ -106,18 +99,7 @@ async def metrics(engine: Engine, settings: Config, metrics_folder: Folder) -> R
     rows = await database.run(engine, QUERY, settings.metrics_libraries)
     registry = CollectorRegistry()
     registry.register(Rows(rows))
-    own = REGISTRY if metrics_folder is None else _of_all(metrics_folder)
-    return Response(exposition(own) + exposition(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _of_all(folder: Path) -> CollectorRegistry:
-    for file in folder.glob("gauge_live*.db"):
-        pid = int(re.findall(r"\d+", file.stem)[-1])
-        if not psutil.pid_exists(pid):
-            multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
-    return registry
+    return Response(exposition(everywhere(metrics_folder)) + exposition(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 router = Router("/", route_handlers=[metrics])

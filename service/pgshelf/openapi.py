@@ -12,6 +12,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from pgshelf.access import RULES
 from pgshelf.audit import AuditEntry
 from pgshelf.batch import AddDocuments, DocumentResults
+from pgshelf.cache import CacheInfo
 from pgshelf.changes import Change, Changes
 from pgshelf.chunks import Chunk, PatchChunk
 from pgshelf.documents import (
@@ -209,12 +210,13 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
     SearchAnswer: {
         "hits": [HIT],
         "took_ms": 2.417,
+        "cached": False,
         "total": 1,
         "facets": {"year": [{"value": 2025, "documents": 1}]},
     },
     BatchAnswer: {
         "results": [
-            {"answer": {"hits": [HIT], "took_ms": 2.4}},
+            {"answer": {"hits": [HIT], "took_ms": 2.4, "cached": False}},
             {
                 "error": {
                     "status": 422,
@@ -225,7 +227,17 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         ],
         "took_ms": 5.3,
     },
-    LibrariesAnswer: {"hits": [{**HIT, "library": "handbook"}], "took_ms": 4.1},
+    LibrariesAnswer: {"hits": [{**HIT, "library": "handbook"}], "took_ms": 0.6, "cached": True},
+    CacheInfo: {
+        "enabled": True,
+        "max_bytes": 67108864,
+        "ttl": 3600.0,
+        "entries": 412,
+        "bytes": 3141592,
+        "hits": 18231,
+        "misses": 977,
+        "evictions": 565,
+    },
     DocumentsFound: {"items": [DOCUMENT_ANSWER], "next": None, "total": 1},
     Affected: {"affected": 12},
     Retried: {"retried": 3},

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Router, post
-from litestar.params import JSONBody
+from litestar.di import NamedDependency
+from litestar.params import HeaderParameter, JSONBody, SkipValidation
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -16,6 +17,7 @@ from pgshelf import database
 from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Config, Engine, LibraryName, problems
+from pgshelf.query_cache import QueryCache, States
 from pgshelf.searching import (
     Hit,
     Ranking,
@@ -33,6 +35,19 @@ from pgshelf.searching import (
 from pgshelf.settings import Settings
 
 AT_ONCE = 4  # searches of a batch that run beside each other; each takes a connection of the pool
+KNOWN = """select l.id, l.name, l.metric, pgshelf.search_state(case when %s then u.name end)
+from unnest(%s::text[]) with ordinality u(name, place), pgshelf.library_named(u.name) l order by u.place"""
+STATES = """select array(select pgshelf.search_state(u.name)
+  from unnest(%s::text[]) with ordinality u(name, place) order by u.place)"""
+Cache = NamedDependency[SkipValidation[QueryCache]]
+CacheControl = Annotated[
+    str | None,
+    HeaderParameter(
+        name="Cache-Control",
+        max_length=200,
+        description="`no-cache`: search anew, whatever is in the query cache. `no-store`: keep nothing of it, either.",
+    ),
+]
 PROBLEMS = problems(404, 413, 415, 422, 502)
 
 
@@ -81,6 +96,9 @@ class LibrariesAnswer(msgspec.Struct):
 
     hits: Annotated[list[Hit], Meta(description="Best first, whatever library they are in.")]
     took_ms: Annotated[float, Meta(description="Milliseconds in the server.")]
+    cached: Annotated[
+        bool, Meta(description="Whether this is the answer to an equal search before; nothing has changed since then.")
+    ] = False
 
 
 @post(
@@ -92,10 +110,15 @@ class LibrariesAnswer(msgspec.Struct):
     operation_id="search",
 )
 async def search_library(
-    library: LibraryName, data: JSONBody[SearchRequest], engine: Engine, settings: Config
+    library: LibraryName,
+    data: JSONBody[SearchRequest],
+    engine: Engine,
+    settings: Config,
+    cache: Cache,
+    cache_control: CacheControl = None,
 ) -> SearchAnswer:
     """Find chunks by meaning, by words, or by both, among those that match a filter."""
-    return await search(engine, settings, library, data)
+    return await search(engine, settings, cache, library, data, cache_control)
 
 
 @post(
@@ -106,7 +129,14 @@ async def search_library(
     summary="Search a library several times",
     operation_id="searchBatch",
 )
-async def search_batch(library: LibraryName, data: JSONBody[Batch], engine: Engine, settings: Config) -> BatchAnswer:
+async def search_batch(
+    library: LibraryName,
+    data: JSONBody[Batch],
+    engine: Engine,
+    settings: Config,
+    cache: Cache,
+    cache_control: CacheControl = None,
+) -> BatchAnswer:
     """Carry out several searches; one that fails spoils no other."""
     started = time.perf_counter()
     if len(data.searches) > settings.max_batch:
@@ -116,7 +146,7 @@ async def search_batch(library: LibraryName, data: JSONBody[Batch], engine: Engi
     async def one(request: SearchRequest) -> BatchResult:
         async with turn:
             try:
-                return BatchResult(answer=await search(engine, settings, library, request))
+                return BatchResult(answer=await search(engine, settings, cache, library, request, cache_control))
             except Exception as error:
                 problem = problem_of(error)
                 if problem.code in ("library_not_found", "internal_error"):  # of the request as a whole
@@ -135,25 +165,38 @@ async def search_batch(library: LibraryName, data: JSONBody[Batch], engine: Engi
     summary="Search several libraries",
     operation_id="searchLibraries",
 )
-async def search_libraries(data: JSONBody[LibrariesRequest], engine: Engine, settings: Config) -> LibrariesAnswer:
+async def search_libraries(
+    data: JSONBody[LibrariesRequest],
+    engine: Engine,
+    settings: Config,
+    cache: Cache,
+    cache_control: CacheControl = None,
+) -> LibrariesAnswer:
     """Search several libraries in one statement; each embeds the query with its own embedder."""
     started = time.perf_counter()
     check(data, settings)
     if data.query is None and data.vector is None:
         raise invalid("query", "give query or vector")
     wide = widened(data, settings)
-    hits = await asked_again(lambda: _several(engine, settings, wide))
-    if data.rerank is not None:
-        hits = await reranked(settings, data, hits)
-    return LibrariesAnswer(hits, milliseconds(started))
-
-
-async def _several(engine: AsyncEngine, settings: Settings, data: LibrariesRequest) -> list[Hit]:
     names = list(dict.fromkeys(data.libraries))
-    known = await database.run(
-        engine, "select l.id, l.name, l.metric from unnest(%s::text[]) n, pgshelf.library_named(n) l", names
-    )
-    known = list({row[0]: row for row in known}.values())
+
+    async def find() -> tuple[LibrariesAnswer, States | None]:
+        hits, states = await asked_again(lambda: _several(engine, settings, names, wide))
+        if data.rerank is not None:
+            hits = await reranked(settings, data, hits)
+        return LibrariesAnswer(hits, 0.0), states
+
+    answer = await cache.answer(names, data, cache_control, find, LibrariesAnswer)
+    answer.took_ms = milliseconds(started)
+    return answer
+
+
+async def _several(
+    engine: AsyncEngine, settings: Settings, names: list[str], data: LibrariesRequest
+) -> tuple[list[Hit], States | None]:
+    """The hits, and the states that the libraries were in all the time that they were looked at."""
+    asked = await database.run(engine, KNOWN, settings.cache_bytes > 0, names)
+    known = list({row[0]: row[:3] for row in asked}.values())
     shared = {field: getattr(data, field) for field in Ranking.__struct_fields__}
     questions = await asyncio.gather(*(ask(engine, settings, str(row[0]), SearchRequest(**shared)) for row in known))
     modes = {question.mode for question in questions}
@@ -173,13 +216,21 @@ async def _several(engine: AsyncEngine, settings: Settings, data: LibrariesReque
         statement, given = call(str(library), every, question)
         statements.append(f"(select h.*, %s::text as library from {statement} h)")  # noqa: S608 - constants
         parameters += [name, *given]
-    merged = f"""select * from ({" union all ".join(statements)}) x
-      order by x.score desc, x.chunk_id limit %s offset %s"""  # noqa: S608 - put together from constants
-    rows = await database.run(engine, merged, *parameters, data.k, data.offset)
+    # whichever way its libraries are found, each snapshot must say the same of them
+    merged = f"""select x.*, s.states from ({STATES}) s(states) left join
+      (select * from ({" union all ".join(statements)}) y order by y.score desc, y.chunk_id limit %s offset %s) x
+      on true order by x.score desc, x.chunk_id"""  # noqa: S608 - put together from constants
+    rows = await database.run(engine, merged, names if settings.cache_bytes else [], *parameters, data.k, data.offset)
+    states: States = rows[0][-1]
+    rows = [row for row in rows if row[0] is not None]
     found = [hit(row, data.include) for row in rows]
     for item, row in zip(found, rows, strict=True):
-        item.library = row[-1]
-    return found
+        item.library = row[-2]
+    before = {row[0]: row[3] for row in asked}
+    same = [row[3] for row in asked] == states and all(
+        question.state in (None, before[library]) for (library, *_), question in zip(known, questions, strict=True)
+    )
+    return found, states if same else None
 
 
 router = Router("/", route_handlers=[search_library, search_batch, search_libraries], tags=["search"])

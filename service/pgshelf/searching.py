@@ -15,8 +15,9 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, filters, limits
-from pgshelf.embedding import asked_again, embed, library_config
+from pgshelf.embedding import asked_again, embed
 from pgshelf.errors import invalid
+from pgshelf.query_cache import QueryCache, States
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.settings import Settings
 from pgshelf.timing import stage
@@ -209,6 +210,9 @@ class SearchAnswer(msgspec.Struct):
 
     hits: Annotated[list[Hit], Meta(description="Best first; ties are in the order of the chunk ids.")]
     took_ms: Annotated[float, Meta(description="Milliseconds in the server, the embedding of the query included.")]
+    cached: Annotated[
+        bool, Meta(description="Whether this is the answer to an equal search before; nothing has changed since then.")
+    ] = False
     total: Annotated[int | UnsetType, Meta(description="How many chunks match; with `total`.")] = UNSET
     facets: Annotated[
         dict[str, list[FacetValue]] | UnsetType,
@@ -225,6 +229,7 @@ class Question(msgspec.Struct):
     query: str | None
     filter: Jsonb | None
     embedder: Jsonb | None = None  # that made the vector: PS041 when the library has another one by then
+    state: int | None = None  # of the library when it was asked what decided this, if it was
 
 
 # The functions of sql/ that search, by mode.
@@ -239,13 +244,18 @@ CALLS: dict[str, str] = {
       fusion => %s, fusion_k => %s, weights => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
 }
-# facets and total stand in one statement with the search, hence in one snapshot
+# the state stands in one statement with the search, hence in one snapshot; where no answers are kept none is asked for
+PLAIN = "select h.*, s.state from pgshelf.search_state(%s) s(state) left join {call} h on true"
+# facets and total, too
 BESIDE = """with h as materialized (select x.*, row_number() over () as place from {call} x),
   e as materialized (select case when %s then pgshelf.total_hits(%s, %s, %s) end as total,
     (select jsonb_object_agg(a.name, coalesce((select jsonb_agg(jsonb_build_object('value', f.value,
         'documents', f.documents)) from pgshelf.facets(%s, array[a.name], %s, 10) f), '[]'))
-      from unnest(%s::text[]) a(name)) as facets)
-  select h.*, e.total, e.facets from e left join h on true order by h.place"""
+      from unnest(%s::text[]) a(name)) as facets, pgshelf.search_state(%s) as state)
+  select h.*, e.total, e.facets, e.state from e left join h on true order by h.place"""
+EMBEDDER = "select l.embedder, pgshelf.search_state(%s) from pgshelf.library_named(%s) l"
+LIKE = """select v.*, l.embedder, pgshelf.search_state(%s)
+from pgshelf.library_named(%s) l, pgshelf.vector_of(l.id::text, %s, %s) v"""
 EXPLAIN = """select pgshelf.explain_search(pgshelf.embedded_by(%s, %s), %b, %s, k => %s, "offset" => %s, filter => %s,
   exact => %s, ef_search => %s)"""
 
@@ -284,19 +294,36 @@ def check_one(data: SearchRequest, settings: Settings) -> None:
         raise invalid("mmr", "cannot be combined with group_by: groups are diverse already")
 
 
-async def search(engine: AsyncEngine, settings: Settings, library: str, data: SearchRequest) -> SearchAnswer:
-    """Search one library."""
+async def search(
+    engine: AsyncEngine,
+    settings: Settings,
+    cache: QueryCache,
+    library: str,
+    data: SearchRequest,
+    control: str | None = None,
+) -> SearchAnswer:
+    """Search one library; `control` is the request's Cache-Control."""
     started = time.perf_counter()
     check_one(data, settings)
     wide = widened(data, settings)
 
-    async def asked() -> SearchAnswer:
+    async def asked() -> tuple[SearchAnswer, States | None]:
         question = await ask(engine, settings, library, wide)
-        return await database.retried(engine, lambda connection: _answer(connection, library, wide, question))
 
-    answer = await asked_again(asked)
-    if data.rerank is not None:
-        answer.hits = await reranked(settings, data, answer.hits)
+        async def work(connection: AsyncConnection) -> tuple[SearchAnswer, int | None]:
+            return await _answer(connection, library, wide, question, kept(settings, library))
+
+        answer, state = await database.retried(engine, work, single=not data.explain)
+        # what the question says of the library must hold in the snapshot of the search, too
+        return answer, [state] if question.state in (None, state) else None
+
+    async def find() -> tuple[SearchAnswer, States | None]:
+        answer, states = await asked_again(asked)
+        if data.rerank is not None:
+            answer.hits = await reranked(settings, data, answer.hits)
+        return answer, states
+
+    answer = await cache.answer([library], data, "no-store" if data.explain else control, find, SearchAnswer)
     answer.took_ms = milliseconds(started)
     return answer
 
@@ -332,33 +359,39 @@ async def ask(engine: AsyncEngine, settings: Settings, library: str, data: Searc
     condition = data.filter
     vector = limits.vector(data.vector, "vector") if data.vector is not None else None
     maker: Jsonb | None = None
+    state: int | None = None
     if data.like is not None:
-        vector, condition, maker = await _like(engine, library, data.like, condition)
+        vector, condition, maker, state = await _like(engine, settings, library, data.like, condition)
     parameter = filters.parameter(condition, settings)
     mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
     if mode == "text":
-        return Question(mode, None, data.query, parameter)
+        return Question(mode, None, data.query, parameter, state=state)
     if vector is None:
-        config = await library_config(engine, library)
-        if data.mode is None and config.embedder["provider"] == "none":
-            return Question("text", None, data.query, parameter)
-        vector = (await embed(engine, settings, config.embedder, [data.query or ""], "query", ["query"]))[0]
-        maker = Jsonb(config.embedder)
-    return Question(mode, vector, data.query, parameter, maker)
+        embedder, state = (await database.run(engine, EMBEDDER, kept(settings, library), library))[0]
+        if data.mode is None and embedder["provider"] == "none":
+            return Question("text", None, data.query, parameter, state=state)
+        vector = (await embed(engine, settings, embedder, [data.query or ""], "query", ["query"]))[0]
+        maker = Jsonb(embedder)
+    return Question(mode, vector, data.query, parameter, maker, state)
+
+
+def kept(settings: Settings, library: str) -> str | None:
+    """The library whose state a statement shall tell: none where no answers are kept."""
+    return library if settings.cache_bytes else None
 
 
 async def _like(
-    engine: AsyncEngine, library: str, like: Like, condition: dict[str, Any] | None
-) -> tuple[Vector, dict[str, Any], Jsonb]:
-    """The vector of a chunk or a document, the filter that keeps it from being its own best hit, and who made it."""
-    statement = "select v.*, l.embedder from pgshelf.library_named(%s) l, pgshelf.vector_of(l.id::text, %s, %s) v"
-    rows = await database.run(engine, statement, library, like.chunk, like.document)
-    vector, document, ordinal, embedder = rows[0]
+    engine: AsyncEngine, settings: Settings, library: str, like: Like, condition: dict[str, Any] | None
+) -> tuple[Vector, dict[str, Any], Jsonb, int | None]:
+    """The vector of a chunk or a document, the filter that keeps it from being its own best hit, who made it, and the
+    state of the library."""
+    rows = await database.run(engine, LIKE, kept(settings, library), library, like.chunk, like.document)
+    vector, document, ordinal, embedder, state = rows[0]
     itself: dict[str, Any] = {"$id": str(document)}
     if ordinal is not None:
         itself["chunk.$ordinal"] = ordinal
     others = {"$not": itself}
-    return vector, {"$and": [condition, others]} if condition else others, Jsonb(embedder)
+    return vector, {"$and": [condition, others]} if condition else others, Jsonb(embedder), state
 
 
 def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any]]:
@@ -379,25 +412,27 @@ def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any
     return CALLS["hybrid"], [*given, *bounds, *fused, *grouping]
 
 
-async def _answer(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> SearchAnswer:
+async def _answer(
+    connection: AsyncConnection, library: str, data: SearchRequest, question: Question, state_of: str | None
+) -> tuple[SearchAnswer, int | None]:
+    """What was found, and the state of a library in the same snapshot."""
     statement, parameters = call(library, data, question)
     answer = SearchAnswer([], 0.0)
     if data.total or data.facets:
         words = question.query if question.mode == "text" else None
-        beside = [data.total, library, question.filter, words, library, question.filter, data.facets]
+        beside = [data.total, library, question.filter, words, library, question.filter, data.facets, state_of]
         rows = await database.rows(connection, BESIDE.replace("{call}", statement), *parameters, *beside)
-        total, facets = rows[0][-2:]
+        total, facets = rows[0][-3:-1]
         answer.total = total if data.total else UNSET
         if data.facets:
             answer.facets = msgspec.convert(facets, dict[str, list[FacetValue]])
-        rows = [row for row in rows if row[0] is not None]
     else:
-        rows = await database.rows(connection, f"select * from {statement}", *parameters)  # noqa: S608 - constants
+        rows = await database.rows(connection, PLAIN.replace("{call}", statement), state_of, *parameters)
     with stage("encode"):
-        answer.hits = [hit(row, data.include) for row in rows]
+        answer.hits = [hit(row, data.include) for row in rows if row[0] is not None]
     if data.explain:
         answer.explain = await _explain(connection, library, data, question)
-    return answer
+    return answer, rows[0][-1]
 
 
 async def _explain(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> Explanation:

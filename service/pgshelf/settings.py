@@ -115,6 +115,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     header_timeout: Annotated[float, Meta(gt=0, le=3600)] = 30.0
     body_timeout: Annotated[float, Meta(gt=0, le=3600)] = 30.0
 
+    cache_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 64 * 1024 * 1024
+    cache_ttl: Annotated[float, Meta(gt=0)] = 3600.0
+
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
 

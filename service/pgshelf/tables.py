@@ -538,3 +538,13 @@ rate_shares = Table(
     prefixes=["UNLOGGED"],
     postgresql_with={"fillfactor": "50"},
 )
+
+library_marks = Table(
+    "library_marks",
+    metadata,
+    Column("library_id", UUID(as_uuid=True), nullable=False, comment="The nil id stands for all libraries."),
+    Column("mark", BigInteger, nullable=False, server_default=text("uuid_hash_extended(gen_random_uuid(), 0)")),
+    PrimaryKeyConstraint("library_id", "mark", name="library_marks_pkey"),
+    comment="Random numbers left by whoever changes something: all of a library together are its state, "
+    "for the query cache.",
+)

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, providers, reembedding, shelves
+from pgshelf import database, embedding_cache, providers, query_cache, reembedding, shelves
 from pgshelf.batches import EXPECTED, MAX_PAUSE, Batches, around, tell
 from pgshelf.settings import Settings
 
@@ -48,7 +48,7 @@ async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
     return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
 
 
-OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict)
+OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict, query_cache.join_marks)
 
 
 async def reconcile(

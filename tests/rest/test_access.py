@@ -37,6 +37,7 @@ MATRIX = {
     "searchLibraries": ("reader", "body"),
     "addDocuments": ("writer", "path"), "importDocuments": ("writer", "path"), "exportDocuments": ("reader", "path"),
     "addEvent": ("writer", "path"), "retryEmbeddings": ("writer", "path"), "listChanges": ("reader", "path"),
+    "getCache": ("reader", "all"), "clearCache": ("admin", "all"),
     "createKey": ("admin", "all"), "listKeys": ("admin", "all"), "getKey": ("admin", "all"),
     "revokeKey": ("admin", "all"), "rotateKey": ("admin", "all"),
     "createToken": ("reader", ""), "listAudit": ("admin", "all"),

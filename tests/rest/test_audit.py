@@ -86,6 +86,7 @@ async def test_every_write_leaves_a_row(admin: httpx2.AsyncClient, database_url:
     for _ in range(2):
         ok(await admin.delete(at("libraries", "local", "embedder")))
     ok(await admin.put(at("libraries", "local", "embedder"), json={"provider": "local", "dimension": 256}))
+    ok(await admin.delete("/v1/cache", params={"library": "local"}), 204)
     ok(await admin.post("/v1/keys", json={"name": "k", "role": "reader"}), 201)
     rotated = ok(await admin.post("/v1/keys/k/rotate", json={}))
     ok(await admin.post("/v1/token", json={}, headers=bearer(rotated["secret"])), 201)
@@ -113,6 +114,7 @@ async def test_every_write_leaves_a_row(admin: httpx2.AsyncClient, database_url:
             ("embedder.change", "root", "local", None, 1, None),
             ("embedder.cancel", "root", "local", None, 1, None),
             ("embedder.change", "root", "local", None, 1, None),
+            ("cache.clear", "root", "local", None, 1, None),
             ("key.create", "root", None, None, 1, "k"),
             ("key.rotate", "root", None, None, 1, "k"),
             ("token.create", "k", None, None, 1, None),

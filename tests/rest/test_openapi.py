@@ -22,7 +22,7 @@ ORDER = [  # each needs what those before it made
     "search", "searchBatch", "searchLibraries", "libraryStats", "updateLibrary", "getIndex", "putIndex",
     "getEmbedder", "putEmbedder", "cancelEmbedder",
     "queryDocuments", "facets", "addDocuments", "importDocuments", "exportDocuments", "updateDocuments",
-    "retryEmbeddings", "deleteDocuments", "deleteChunk",
+    "retryEmbeddings", "deleteDocuments", "deleteChunk", "getCache", "clearCache",
     "deleteDocument", "deleteLibrary",
     "createToken", "createKey", "listKeys", "getKey", "rotateKey", "revokeKey", "listAudit",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
 from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, HIT, INDEX, KEY, LIBRARY, Script, ok
 
 FOUND = {
-    "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "total": 7,
+    "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "cached": True, "total": 7,
     "facets": {"year": [{"value": 2026, "documents": 2}, {"value": None, "documents": 1}]},
     "explain": {"strategy": "index", "statement": "with", "plan": {"Plan": {}}, "rows_removed": 3, "recall": 0.9},
 }  # fmt: skip
@@ -30,6 +30,11 @@ AUDIT = {
 STATS = {
     "documents": 2, "chunks": 5, "pending": 1, "failed": 0, "bytes": 4096, "shelf": 0,
     "index": {"type": "flat", "state": "ready", "progress": 1.0},
+}  # fmt: skip
+
+CACHE = {
+    "enabled": True, "max_bytes": 2**26, "ttl": 3600.0, "entries": 2, "bytes": 4096, "hits": 7, "misses": 3,
+    "evictions": 1,
 }  # fmt: skip
 
 # method, arguments, options; what the server answers; what it was asked, and the body
@@ -179,6 +184,7 @@ CALLS = [
         "facets", ("handbook", "year"), {"filter": {"lang": "en"}, "limit": 3}, {"facets": {}, "documents": 0},
         "POST /v1/libraries/handbook/facets", {"attributes": ["year"], "filter": {"lang": "en"}, "limit": 3},
     ),
+    ("cache_info", (), {}, CACHE, "GET /v1/cache", None),
     (
         "search_batch", ("handbook", [{"query": "a", "k": 1, "mode": None}, {"vector": (1, 2), "include": "text"}]), {},
         {"results": [{"answer": FOUND, "error": None},
@@ -210,6 +216,8 @@ DELETIONS = [
     ("delete_document", ("handbook", "vacuum"), "DELETE /v1/libraries/handbook/documents/vacuum"),
     ("delete_chunk", ("handbook", "c"), "DELETE /v1/libraries/handbook/chunks/c"),
     ("revoke_key", ("crawler",), "DELETE /v1/keys/crawler"),
+    ("clear_cache", (), "DELETE /v1/cache"),
+    ("clear_cache", ("a/b",), "DELETE /v1/cache?library=a%2Fb"),
 ]
 LISTS = [
     ("libraries", (), "/v1/libraries", LIBRARY),

@@ -57,6 +57,7 @@ WRITES: list[Case] = [
     ("delete_document", ("x", "k"), {"if_match": 1}, ok(status=204)),
     ("delete_library", ("x",), {}, ok(status=204)),
     ("delete_chunk", ("x", "c"), {}, ok(status=204)),
+    ("clear_cache", (), {}, ok(status=204)),
 ]
 CALL = ("method", "args", "options", "answer")
 

@@ -1,5 +1,5 @@
-"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed under writers, repeated requests, probes,
-slow clients, hostile texts.
+"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed and a query cache under writers, repeated
+requests, probes, slow clients, hostile texts.
 
 All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --probes 0"`.
 """
@@ -25,6 +25,7 @@ from tests.conftest import _lifespan
 from tests.rest.asking import bearer, key, ok
 from tests.soak import ingestion, injection, outage, slow_clients
 from tests.soak.borders import crossed
+from tests.soak.cached import PROCESSES, consistency
 from tests.soak.crash import KINDS, Ingestion, service
 from tests.soak.embedders import DIMENSIONS, changing
 from tests.soak.feed import follow
@@ -90,6 +91,17 @@ def answers(requests: int, seed: int, version: int) -> None:
     with service(version) as target:
         asyncio.run(target.ready())
         print(asyncio.run(repeat(target.url, seed, requests)))
+
+
+def cached(reads: int, seed: int, version: int, minutes: float, broken: bool) -> None:
+    print(f"seed {seed}: {reads} reads of the query cache under eight writers", flush=True)
+    with service(version, workers=str(PROCESSES), embedder="none") as target:
+        asyncio.run(target.ready())
+        given = (target.database.url(), target.url, seed, reads)
+        figures, stale = consistency(*given, minutes=minutes, broken=broken)
+    print(figures, flush=True)
+    if stale:
+        raise SystemExit(f"seed {seed}: stale answers, such as {stale[:3]}")
 
 
 def embed(kills: int, seed: int, version: int, minutes: float) -> None:
@@ -177,6 +189,8 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=20, help="kills while embedders of libraries change")
     parser.add_argument("--feed", type=float, default=60, help="seconds that the change feed is written and followed")
     parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
+    parser.add_argument("--cache", type=int, default=50_000, help="reads of the query cache under writers")
+    parser.add_argument("--broken-cache", action="store_true", help="as if no state ever changed: must fail")
     parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
     parser.add_argument("--outage", type=float, default=3, help="minutes for which a provider is away, in each way")
     parser.add_argument("--probes", type=int, default=10_000, help="of libraries that a caller does not see")
@@ -205,6 +219,8 @@ def main() -> None:
         feed(options.feed, options.seed, options.version)
     if options.repeats:
         answers(options.repeats, options.seed, options.version)
+    if options.cache:
+        cached(options.cache, options.seed, options.version, options.minutes, options.broken_cache)
     if options.provider:
         embed(options.provider, options.seed, options.version, options.minutes)
     if options.probes:

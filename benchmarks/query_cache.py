@@ -1,0 +1,143 @@
+"""What the query cache saves and what it costs: the same searches over HTTP, with and without it, in turn.
+
+Two services of one process each share a database with a library of 100,000 chunks, an hnsw index and the local
+embedder; one keeps no answers. Each question is asked of that one, then of the other: for the first time, again, and
+once more after something was changed. Medians in milliseconds, from end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import psycopg
+from psycopg.types.json import Jsonb
+
+from benchmarks import _corpus
+from pgshelf.embedders import described
+from pgshelf.embedders.local import LocalEmbedder
+
+GOAL = 10.0
+PORT = 18532
+LIBRARY = "bench"
+COLUMNS = ("without", "first time", "again", "after a change")
+
+
+def main() -> None:
+    """Fill a library, serve it twice, ask both."""
+    parser = _corpus.options(__doc__)
+    options = parser.parse_args()
+    corpus = _corpus.chosen(options)
+    with _corpus.database() as connection:
+        _corpus.load(connection, corpus, LIBRARY)
+        embedder = Jsonb(described(LocalEmbedder()))
+        connection.execute("update pgshelf.libraries set embedder = %s", [embedder])
+        seconds = _corpus.index(connection, LIBRARY, {"type": "hnsw"})
+        print(f"{corpus.name}: {len(corpus.texts)} chunks, index built in {seconds:.0f} s", flush=True)
+        url = connection.info.dsn
+        with serving(url, PORT, 0) as without, serving(url, PORT + 1, 2**26) as kept:
+            measure(connection, without, kept, corpus, options)
+
+
+@contextlib.contextmanager
+def serving(url: str, port: int, room: int) -> Iterator[str]:
+    """A service of one process that keeps so many bytes of answers."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+    environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_CACHE_BYTES": str(room), "PGSHELF_WORKERS": "1"}
+    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgshelf.cli", "serve"], env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{address}/ready").status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the service did not become ready")
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def questions(corpus: _corpus.Corpus, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Bodies of searches by their kind: a few words that lie beside each other in some chunk, or a vector."""
+    random = np.random.default_rng(7)
+    words = []
+    for number in random.choice(len(corpus.texts), count, replace=False):
+        said = corpus.texts[number].split()
+        begin = int(random.integers(max(1, len(said) - 6)))
+        words.append(" ".join(said[begin : begin + 6]).replace('"', " ").replace("-", " "))
+    vectors = [corpus.queries[number % len(corpus.queries)] + random.normal(0, 1e-3) for number in range(count)]
+    return {
+        "hybrid": [{"query": text} for text in words],
+        "words": [{"query": text, "mode": "text"} for text in words],
+        "vector": [{"vector": vector.tolist()} for vector in vectors],
+        "vector, filtered": [{"vector": vector.tolist(), "filter": {"year": {"$gte": 2010}}} for vector in vectors],
+    }
+
+
+def measure(
+    connection: psycopg.Connection[Any],
+    without: str,
+    kept: str,
+    corpus: _corpus.Corpus,
+    options: argparse.Namespace,
+) -> None:
+    """Print a row for each kind of search."""
+    missed = False
+    print(f"| {'search':16} | {' | '.join(f'{each:>14}' for each in COLUMNS)} | saves | a miss costs |")
+    with httpx2.Client(timeout=60) as client:
+        for kind, bodies in questions(corpus, options.queries + 10).items():
+            times: dict[str, list[float]] = {column: [] for column in COLUMNS}
+            stages: list[dict[str, float]] = []
+            for number, body in enumerate(bodies):
+                steps = [(without, COLUMNS[0], False), (kept, COLUMNS[1], False)]
+                steps = (steps if number % 2 else steps[::-1]) + [(kept, COLUMNS[2], True), (kept, COLUMNS[3], False)]
+                for address, column, cached in steps:
+                    if column == COLUMNS[3]:
+                        connection.execute("select pgshelf.forget_answers(%s)", [LIBRARY])
+                    started = time.perf_counter()
+                    answer = client.post(f"{address}/v1/libraries/{LIBRARY}/search", json=body)
+                    spent = (time.perf_counter() - started) * 1000
+                    if answer.raise_for_status().json()["cached"] is not cached:
+                        raise SystemExit(f"{column}: cached should be {cached}")
+                    if number >= 10:
+                        times[column].append(spent)
+                        if cached:
+                            stages.append(timed(answer.headers["server-timing"]))
+            medians = {column: statistics.median(spent) for column, spent in times.items()}
+            ratio = medians["without"] / medians["again"]
+            cost = medians["first time"] - medians["without"]
+            shown = " | ".join(f"{medians[column]:14.2f}" for column in COLUMNS)
+            print(f"| {kind:16} | {shown} | {ratio:4.1f}x | {cost:+9.2f} ms |", flush=True)
+            if kind == "hybrid":
+                parts = {name: statistics.median(each.get(name, 0.0) for each in stages) for name in stages[0]}
+                print("  a hit: " + ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items()) + " ms in the server")
+                missed = ratio < GOAL
+    if missed:
+        print(f"the goal of {GOAL:g}x for a hybrid search is missed")
+        if options.strict:
+            raise SystemExit(1)
+
+
+def timed(header: str) -> dict[str, float]:
+    """The stages of an answer, in milliseconds."""
+    return {name: float(ms) for name, ms in (part.split(";dur=") for part in header.split(", "))}
+
+
+if __name__ == "__main__":
+    main()
