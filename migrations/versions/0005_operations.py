@@ -98,6 +98,14 @@ CACHE = """
 """
 
 REPLICATION = """
+create table pgshelf.heartbeats (
+  n int not null,
+  at timestamptz not null,
+  wal bigint not null,
+  constraint heartbeats_pkey primary key (n)
+);
+comment on table pgshelf.heartbeats is 'Places in the WAL and their times, a ring: how many seconds a replica is late.';
+comment on column pgshelf.heartbeats.wal is 'The LSN, as a number of bytes.';
 """
 
 DOWN_ACCESS = """
@@ -137,6 +145,7 @@ DOWN_CACHE = """
 """
 
 DOWN_REPLICATION = """
+drop table pgshelf.heartbeats;
 """
 
 

@@ -538,3 +538,13 @@ rate_shares = Table(
     prefixes=["UNLOGGED"],
     postgresql_with={"fillfactor": "50"},
 )
+
+heartbeats = Table(
+    "heartbeats",
+    metadata,
+    Column("n", Integer, nullable=False, autoincrement=False),
+    Column("at", moment, nullable=False),
+    Column("wal", BigInteger, nullable=False, comment="The LSN, as a number of bytes."),
+    PrimaryKeyConstraint("n", name="heartbeats_pkey"),
+    comment="Places in the WAL and their times, a ring: how many seconds a replica is late.",
+)
