@@ -11,7 +11,7 @@ MINUTES ?= 30
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test check bench soak
+.PHONY: help demo serve replicas test check bench soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ demo: .venv/runtime.stamp ## ingest the Python documentation on this machine and
 serve: .venv/runtime.stamp ## serve on http://127.0.0.1:8432, with a PostgreSQL of its own unless PGSHELF_DATABASE_URL is set
 	@echo "== pgshelf serve"
 	@.venv/bin/pgshelf serve $(ARGS)
+
+replicas: .venv/runtime.stamp ## a primary, two standbys and the service over them on this machine, to try replication
+	@$(PY) -m tests.replication $(ARGS)
 
 test: .venv/dev.stamp ## run the tests on a real PostgreSQL, with coverage
 	@echo "== pytest, coverage of service and sdk at least $(COVERAGE) %"

@@ -67,3 +67,13 @@ comment on function pgshelf.grant_library(text, text, text) is
 comment on function pgshelf.revoke_library(text, text) is
   'Takes back what grant_library gave: select pgshelf.revoke_library(''analyst'', ''handbook''); with * everything.';
 comment on view pgshelf.audit_view is 'The audit log: who did what to which library, and which attempts were refused.';
+comment on view pgshelf.replication_status is
+  'This server (the first row) and those that follow it: how far they are, and health: healthy, lagging, disconnected. The limits are '
+  'those of pgshelf.replication(max_bytes, max_seconds). Grant pg_monitor to whoever shall see all of it.';
+comment on column pgshelf.replication_status.role is 'primary or standby: this server; replica: follows it; subscriber: reads a logical slot.';
+comment on column pgshelf.replication_status.lag_seconds is 'How old the last moment is of which everything is known to be there.';
+comment on column pgshelf.replication_status.last_message_at is 'A replica''s last reply, by its clock; a standby''s last message from its primary.';
+comment on column pgshelf.replication_status.retained_bytes is 'WAL that its slot keeps on this server.';
+comment on column pgshelf.replication_status.conflicts is 'Of a standby: queries in this database that replay cancelled, by what they met.';
+comment on column pgshelf.replication_status.visible is 'False where PostgreSQL hides the positions from this role, which lacks pg_monitor.';
+comment on function pgshelf.replication is 'What replication_status shows, with limits of your own for health; 0: none.';

@@ -10,6 +10,8 @@ declare
     'usage on schema pgshelf',
     'select on pgshelf.libraries_overview, pgshelf.index_status, pgshelf.embedder_status, pgshelf.pending_embeddings',
     'execute on function pgshelf.library_stats, pgshelf.library_index, pgshelf.library_embedder',
+    'select on pgshelf.replication_status',
+    'execute on function pgshelf.replication, pgshelf.beats',
     'execute on function pgshelf.granted, pgshelf.granted_libraries'];
   v_reading text[] := v_numbers || array[
     'select on pgshelf.documents_view, pgshelf.chunks_view',
@@ -63,7 +65,7 @@ begin
     -- what the worker inside the service does
     'claim_pending', 'lease_again', 'store_embeddings', 'fail_embeddings', 'cached_embeddings', 'cache_embeddings', 'evict_embeddings',
     'fill_attributes', 'reap_deleted', 'stamp_all_changes', 'prune_changes', 'forget_imports', 'prune_idempotency_keys', 'prune_audit',
-    'forget_rate_shares', 'join_marks'] loop
+    'forget_rate_shares', 'join_marks', 'beat'] loop
     execute format('alter function pgshelf.%I security definer', v_name);
     if to_regrole('pgshelf_service') is not null then
       execute format('grant execute on function pgshelf.%I to pgshelf_service', v_name);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-TARGETS = {"help", "demo", "serve", "test", "check", "bench", "soak"}
+TARGETS = {"help", "demo", "serve", "replicas", "test", "check", "bench", "soak"}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_compose_publishes_the_service_on_this_machine_only(services):
     assert "ALLOW_UNAUTHENTICATED=true" not in (ROOT / ".env.example").read_text()
 
 
-@pytest.mark.parametrize("file", ["docker-compose.yml", ".env.example", "Dockerfile"])
+@pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.ha.yml", ".env.example", "Dockerfile"])
 def test_every_variable_is_a_setting(file):
     from pgshelf.settings import Settings
 
@@ -96,6 +97,88 @@ def test_compose_starts_the_service_with_settings_that_are_accepted(services):
     assert settings.database_url == "postgresql://pgshelf@db:5432/pgshelf"
     assert settings.allow_unauthenticated
     assert (settings.api_prefix, settings.workers) == ("/v1", os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module")
+def replicated() -> dict[str, Any]:
+    return load("docker-compose.ha.yml")
+
+
+def test_the_replicated_compose_is_three_servers_with_the_same_settings(replicated):
+    services = replicated["services"]
+    assert set(services) == {"certificates", "db1", "db2", "db3", "migrate", "service"}
+    servers = [services[name] for name in ("db1", "db2", "db3")]
+    assert all(server["command"] == servers[0]["command"] for server in servers)
+    given = dict(option.split("=", 1) for option in servers[0]["command"] if "=" in option)
+    assert (given["ssl"], given["wal_log_hints"], given["hba_file"]) == ("on", "on", "/etc/pgshelf/pg_hba.conf")
+    for server in servers:
+        assert server["image"] == load("docker-compose.yml")["services"]["db"]["image"]
+        assert server["environment"]["POSTGRES_PASSWORD"] == "${POSTGRES_PASSWORD:?set it in .env}"
+        assert "ports" not in server
+    assert services["service"]["ports"] == ["127.0.0.1:${PGSHELF_PORT:-8432}:8432"]
+    assert services["migrate"]["depends_on"] == {"db1": {"condition": "service_healthy"}}
+    assert {name: services[name]["environment"]["NAME"] for name in ("db2", "db3")} == {"db2": "db2", "db3": "db3"}
+
+
+def test_nobody_comes_in_without_tls_and_nobody_replicates_without_a_certificate(replicated):
+    lines = [line.split() for line in replicated["configs"]["pg_hba"]["content"].splitlines() if line.strip()]
+    assert {line[0] for line in lines} == {"local", "hostssl"}
+    assert [line[1:] for line in lines if line[1] == "replication"] == [["replication", "replicator", "all", "cert"]]
+    assert not {"trust", "password", "md5"} & {line[-1] for line in lines}
+    for name in ("migrate", "service"):
+        url = replicated["services"][name]["environment"]["PGSHELF_DATABASE_URL"]
+        assert "sslmode=verify-full" in url and "target_session_attrs=read-write" in url and "\n" not in url
+        assert replicated["services"][name]["environment"]["PGPASSWORD"] == "${POSTGRES_PASSWORD:?set it in .env}"
+    assert "sslmode=verify-full" in replicated["configs"]["follow"]["content"]
+
+
+def test_the_replicated_service_starts_with_settings_that_are_accepted(replicated):
+    from psycopg import conninfo
+
+    from pgshelf.settings import Settings
+
+    environment = replicated["services"]["service"]["environment"]
+    settings = Settings.from_env(environment)
+    known = conninfo.conninfo_to_dict(settings.database_url or "")
+    assert (known["host"], known["port"]) == ("db1,db2,db3", "5432,5432,5432")
+    assert "PASSWORD" not in settings.summary()["database_url"]
+
+
+def script(replicated: dict[str, Any], name: str, path: Path) -> Path:
+    """A script of the file, as compose writes it."""
+    path.write_text(replicated["configs"][name]["content"].replace("$$", "$"))
+    subprocess.run(["sh", "-n", str(path)], check=True)
+    return path
+
+
+def test_the_scripts_of_the_replicated_compose_are_shell(replicated, tmp_path):
+    script(replicated, "follow", tmp_path / "follow.sh")
+    text = replicated["configs"]["follow"]["content"]
+    assert not re.search(r"(?<!\$)\$(?!\$)[A-Za-z{@(]", text.replace("$$", "")), "compose would fill it in"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_certificates_are_those_that_the_servers_ask_for(replicated, tmp_path):
+    made = tmp_path / "certificates"
+    made.mkdir()
+    making = script(replicated, "make_certificates", tmp_path / "make.sh")
+    # not as root's: there is no user 999 to give them to
+    making.write_text(making.read_text().replace("chown -R 999:999 db1 db2 db3", ":"))
+    for _ in range(2):  # the second time it finds them
+        subprocess.run(["sh", str(making), str(made)], check=True, capture_output=True)
+
+    def openssl(*arguments: str) -> str:
+        return subprocess.run(["openssl", *arguments], check=True, capture_output=True, text=True).stdout
+
+    for name in ("db1", "db2", "db3"):
+        server, client = made / name / "server.crt", made / name / "replicator.crt"
+        openssl("verify", "-CAfile", str(made / name / "ca.crt"), "-verify_hostname", name, str(server))
+        openssl("verify", "-CAfile", str(made / name / "ca.crt"), str(client))
+        assert "CN" in openssl("x509", "-noout", "-subject", "-in", str(client))
+        assert openssl("x509", "-noout", "-subject", "-in", str(client)).strip().endswith("replicator")
+        assert (made / name / "server.key").stat().st_mode & 0o077 == 0
+        assert (made / name / "replicator.key").stat().st_mode & 0o077 == 0
+    assert not list(made.glob("public/*.key")) and (made / "public/ca.crt").exists()
 
 
 def test_the_image_runs_as_its_own_user_on_the_default_port():

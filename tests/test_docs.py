@@ -15,6 +15,7 @@ import httpx2
 import psycopg
 import pytest
 
+from pgshelf.embedded import archive_command
 from pgshelf.errors import CODES
 from pgshelf.settings import PREFIX, Settings
 from tests.cohere_server import CohereServer
@@ -38,6 +39,7 @@ def test_documented_defaults_are_true() -> None:
     rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \| `?([^|`]+?)`? \|", text, re.MULTILINE))
     settings = Settings()
     computed = {"database_url", "data_dir", "workers", "auto_migrate", "embedder", "cohere_api_key", "api_key"}
+    computed |= {"backup_directory", "backup_url", "wal_archive", "pg_bin"}
     computed |= {"jwt_issuer", "jwt_audience", "jwt_jwks_url", "jwt_keys_file"}
     for name in set(Settings.__struct_fields__) - computed:
         shown, value = rows[name.upper()], getattr(settings, name)
@@ -53,6 +55,11 @@ def test_every_error_code_is_documented_with_its_status() -> None:
     rows = re.findall(r"^\| (\d{3}) \| (.+) \|$", (ROOT / "docs/rest.md").read_text(), re.MULTILINE)
     told = {code: int(status) for status, codes in rows for code in re.findall(r"`([a-z_]+)`", codes)}
     assert told == {code: status for code, (status, _) in CODES.items()}
+
+
+def test_the_documented_archive_command_is_the_one_that_is_tested() -> None:
+    text = (ROOT / "docs/replication.md").read_text()
+    assert f"archive_command = '{archive_command(Path('/var/backups/wal'))}'" in text
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -61,6 +61,14 @@ VALUES: dict[str, tuple[str, Any, str | None]] = {
     "worker_concurrency": ("2", 2, "0"),
     "circuit_failures": ("3", 3, "0"),
     "circuit_wait": ("30", 30.0, "0"),
+    "replication_lag_bytes": ("0", 0, "-1"),
+    "replication_lag_seconds": ("2.5", 2.5, "-1"),
+    "heartbeat_interval": ("0.5", 0.5, "3601"),
+    "backup_directory": ("/backups", Path("/backups"), None),
+    "backup_url": ("postgresql://b:secret@h/d", "postgresql://b:secret@h/d", None),
+    "backup_keep": ("7", 7, "-1"),
+    "wal_archive": ("/wal", Path("/wal"), None),
+    "pg_bin": ("/opt/pg/bin", Path("/opt/pg/bin"), None),
     "worker_attempts": ("3", 3, "0"),
     "embed_batch": ("16", 16, "0"),
     "log_level": ("debug", "debug", "loud"),
@@ -218,8 +226,8 @@ def test_home_is_understood() -> None:
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
     assert masked(url) == shown
-    summary = Settings(database_url=url).summary()
-    assert summary["database_url"] == shown
+    summary = Settings(database_url=url, backup_url=url).summary()
+    assert (summary["database_url"], summary["backup_url"]) == (shown, shown)
     assert not [text for text in summary.values() if "secret" in text]
 
 

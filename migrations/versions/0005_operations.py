@@ -126,6 +126,14 @@ comment on column pgshelf.library_marks.library_id is 'The nil id stands for all
 """
 
 REPLICATION = """
+create table pgshelf.heartbeats (
+  n int not null,
+  at timestamptz not null,
+  wal bigint not null,
+  constraint heartbeats_pkey primary key (n)
+);
+comment on table pgshelf.heartbeats is 'Places in the WAL and their times, a ring: how many seconds a replica is late.';
+comment on column pgshelf.heartbeats.wal is 'The LSN, as a number of bytes.';
 """
 
 DOWN_ACCESS = """
@@ -169,6 +177,7 @@ drop table pgshelf.library_marks;
 """
 
 DOWN_REPLICATION = """
+drop table pgshelf.heartbeats;
 """
 
 

@@ -18,6 +18,7 @@ from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
     AuditEntry,
+    Backup,
     BatchResult,
     CacheInfo,
     Change,
@@ -43,6 +44,7 @@ from .types import (
     NewDocument,
     NewKey,
     Readiness,
+    Replication,
     Search,
     SearchResult,
     Token,
@@ -252,6 +254,24 @@ class AsyncClient:
             "limit": page_size,
         }
         return self._items(self._routes.call("GET", "audit", params=params), base.AUDIT)
+
+    # Replication and backups
+
+    async def replication(self) -> Replication:
+        """Who follows whom, and how far each is, as the server knows that the service is connected to.
+
+        This and backups take a key of the role admin for all libraries.
+        """
+        return await self._fetch(self._routes.call("GET", "replication"), base.REPLICATION)
+
+    async def backups(self) -> list[Backup]:
+        """All backups, the newest first."""
+        return (await self._fetch(self._routes.call("GET", "replication", "backups"), base.BACKUPS)).items
+
+    async def start_backup(self, *, label: str | None = None) -> Backup:
+        """Start a backup of the whole PostgreSQL server; `backups` tells when it is done."""
+        call = self._routes.call("POST", "replication", "backups", body=given(label=label))
+        return await self._fetch(call, base.BACKUP)
 
     # Indexes
 

@@ -18,6 +18,7 @@ from msgspec import UNSET, UnsetType
 from .errors import UnexpectedAnswer
 from .types import (
     AuditEntry,
+    Backup,
     BatchResult,
     CacheInfo,
     Changes,
@@ -38,6 +39,7 @@ from .types import (
     NewChunk,
     NewKey,
     Readiness,
+    Replication,
     SearchResult,
     Token,
     Vector,
@@ -87,6 +89,9 @@ API_KEYS = msgspec.json.Decoder(Page[Key])
 AUDIT = msgspec.json.Decoder(Page[AuditEntry])
 NEW_KEY = msgspec.json.Decoder(NewKey)
 TOKEN = msgspec.json.Decoder(Token)
+REPLICATION = msgspec.json.Decoder(Replication)
+BACKUP = msgspec.json.Decoder(Backup)
+BACKUPS = msgspec.json.Decoder(Page[Backup])
 LIBRARIES = msgspec.json.Decoder(Page[Library])
 LIBRARY = msgspec.json.Decoder(Library)
 READINESS = msgspec.json.Decoder(Readiness)

@@ -19,6 +19,7 @@ from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
     AuditEntry,
+    Backup,
     BatchResult,
     CacheInfo,
     Change,
@@ -44,6 +45,7 @@ from .types import (
     NewDocument,
     NewKey,
     Readiness,
+    Replication,
     Search,
     SearchResult,
     Token,
@@ -253,6 +255,24 @@ class Client:
             "limit": page_size,
         }
         return self._items(self._routes.call("GET", "audit", params=params), base.AUDIT)
+
+    # Replication and backups
+
+    def replication(self) -> Replication:
+        """Who follows whom, and how far each is, as the server knows that the service is connected to.
+
+        This and backups take a key of the role admin for all libraries.
+        """
+        return self._fetch(self._routes.call("GET", "replication"), base.REPLICATION)
+
+    def backups(self) -> list[Backup]:
+        """All backups, the newest first."""
+        return (self._fetch(self._routes.call("GET", "replication", "backups"), base.BACKUPS)).items
+
+    def start_backup(self, *, label: str | None = None) -> Backup:
+        """Start a backup of the whole PostgreSQL server; `backups` tells when it is done."""
+        call = self._routes.call("POST", "replication", "backups", body=given(label=label))
+        return self._fetch(call, base.BACKUP)
 
     # Indexes
 

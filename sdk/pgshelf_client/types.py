@@ -13,6 +13,7 @@ import msgspec
 from .errors import FieldError
 
 __all__ = [
+    "Backup",
     "BatchItem",
     "BatchResult",
     "Chunk",
@@ -45,9 +46,11 @@ __all__ = [
     "NewChunk",
     "NewDocument",
     "Readiness",
+    "Replication",
     "Search",
     "SearchFailure",
     "SearchResult",
+    "Server",
     "Vector",
 ]
 
@@ -550,3 +553,58 @@ class Token(Answer, frozen=True):
     role: str
     expires_at: datetime
     libraries: list[str] = []
+
+
+class Server(Answer, frozen=True):
+    """A server that takes part in replication; None is what it does not have, or what is hidden.
+
+    `role` is "primary" or "standby" for the one that was asked, "replica" or "subscriber" for those that follow it.
+    `health` is "healthy", "lagging" or "disconnected".
+    """
+
+    role: str
+    name: str | None = None
+    address: str | None = None
+    slot: str | None = None
+    state: str | None = None
+    sync_state: str | None = None
+    timeline: int | None = None
+    sent_lsn: str | None = None
+    written_lsn: str | None = None
+    flushed_lsn: str | None = None
+    replayed_lsn: str | None = None
+    lag_bytes: int | None = None
+    lag_seconds: float | None = None
+    last_message_at: datetime | None = None
+    last_heartbeat_at: datetime | None = None
+    wal_status: str | None = None
+    retained_bytes: int | None = None
+    conflicts: dict[str, int] | None = None
+    health: str | None = None
+
+
+class Replication(Server, frozen=True):
+    """The server that the service is connected to, and those that follow it.
+
+    `overall` is the worst health that is visible; `hidden` says why some is not.
+    """
+
+    overall: str | None = None
+    hidden: str | None = None
+    replicas: list[Server] = []
+
+
+class Backup(Answer, frozen=True):
+    """A backup of the whole PostgreSQL server; `state` is "running", "done" or "failed", then `error` says why."""
+
+    id: str
+    state: str
+    label: str | None = None
+    error: str | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    bytes: int | None = None
+    start_lsn: str | None = None
+    end_lsn: str | None = None
+    timeline: int | None = None
+    postgres: str | None = None

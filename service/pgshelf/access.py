@@ -56,6 +56,7 @@ KINDS: dict[str, Kind] = {"reader": "search", "writer": "write", "admin": "admin
 
 OPEN, READ, WRITE, MANAGE = Rule(None), Rule("reader", "path"), Rule("writer", "path"), Rule("admin", "path")
 SEARCH, KEYS = Rule("reader", "path", public=True), Rule("admin", everything=True)
+EVERYTHING = KEYS  # the whole server, whatever its libraries
 
 # By the operation's id. What is not in it is refused to everybody.
 RULES: dict[str, Rule] = {
@@ -106,6 +107,9 @@ RULES: dict[str, Rule] = {
     "rotateKey": KEYS,
     "createToken": Rule("reader", counts="write"),
     "listAudit": KEYS,
+    "getReplication": EVERYTHING,
+    "startBackup": EVERYTHING,
+    "listBackups": EVERYTHING,
 }
 
 

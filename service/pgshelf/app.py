@@ -42,6 +42,7 @@ from pgshelf import (
     openapi,
     providers,
     query_cache,
+    replication,
     retry,
     search,
     worker,
@@ -62,6 +63,7 @@ TAGS = [
     Tag("changes", "What happens in a library, one after the other."),
     Tag("keys", "Who may call, with which role, and which libraries each sees. docs/security.md has the whole of it."),
     Tag("audit", "Who did what to which library."),
+    Tag("replication", "Replicas, and backups of the whole server. docs/replication.md has the runbook."),
     Tag("health", "For load balancers and operators."),
 ]
 BEARER = SecurityScheme(
@@ -101,7 +103,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
     handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router, audit.router]
-    handlers.append(cache.router)
+    handlers += [cache.router, replication.router]
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={

@@ -41,7 +41,7 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
         yield from _rights(connection, settings)
         connection.execute(database.BECOME_OWNER)  # as a worker does, who sees nothing before
         there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
-        within = (_roles, _beyond, _indexes, _pending) if there else ()  # what looks into the schema
+        within = (_roles, _beyond, _indexes, _pending, _replication) if there else ()  # what looks into the schema
         for look in (_server, _extension, _schema, *within, _parameters):
             try:
                 yield from look(connection)
@@ -198,6 +198,29 @@ def _pending(connection: Connection) -> Iterator[Finding]:
     if failed:
         yield Finding("warn", f"{failed} chunks could not be embedded, the last reason: {error}")
     yield Finding("ok", f"{waiting - failed} chunks wait for their vectors")
+
+
+def _replication(connection: Connection) -> Iterator[Finding]:
+    followers = connection.execute(
+        "select name, health, lag_bytes, retained_bytes, visible from pgshelf.replication() where role <> 'primary'"
+    ).fetchall()
+    for name, condition, lag, retained, _ in followers:
+        if condition == "disconnected":
+            kept = f" and keeps {retained} bytes of WAL on this server; drop its slot if it is gone" if retained else ""
+            yield Finding("warn", f"the replica {name} is not connected{kept}")
+        elif condition is not None:
+            yield Finding("ok" if condition == "healthy" else "warn", f"the replica {name} is {lag} bytes behind")
+    if followers and not followers[0][-1]:
+        user = connection.info.user
+        yield Finding("warn", f"{user} does not see how far replicas are; a superuser runs: grant pg_monitor to {user}")
+    row = _one(
+        connection,
+        "select last_failed_wal, last_failed_time from pg_stat_archiver where last_failed_time > coalesce"
+        "(last_archived_time, '-infinity')",
+    )
+    if row is not None:
+        text = f"WAL is not archived: {row[0]} failed at {row[1]:%Y-%m-%d %H:%M}; it stays on the server until it is"
+        yield Finding("warn", f"{text}. The server's log says why")
 
 
 def _parameters(connection: Connection) -> Iterator[Finding]:

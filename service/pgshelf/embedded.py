@@ -59,10 +59,18 @@ class EmbeddedError(Exception):
 
 
 def start(
-    data_dir: Path, version: int = 18, *, settings: Mapping[str, str] | None = None, timeout: float = START_SECONDS
+    data_dir: Path,
+    version: int = 18,
+    *,
+    settings: Mapping[str, str] | None = None,
+    timeout: float = START_SECONDS,
+    archive: Path | None = None,
 ) -> "EmbeddedServer":
-    """Start the bundled PostgreSQL in `data_dir`, with `settings` added to ours, or join the one that runs there."""
-    server = EmbeddedServer(data_dir, version, settings or {}, timeout)
+    """Start the bundled PostgreSQL in `data_dir`, with `settings` added to ours, or join the one that runs there.
+
+    It archives its WAL into the directory `archive`, if there is one.
+    """
+    server = EmbeddedServer(data_dir, version, settings or {}, timeout, archive)
     server.start()
     return server
 
@@ -80,7 +88,14 @@ def bin_dir(version: int = 18) -> Path:
 class EmbeddedServer:
     """One process's use of a bundled PostgreSQL; `start` makes it, `stop` or the end of a `with` block gives it up."""
 
-    def __init__(self, data_dir: Path, version: int, settings: Mapping[str, str], timeout: float) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        version: int,
+        settings: Mapping[str, str],
+        timeout: float,
+        archive: Path | None = None,
+    ) -> None:
         self.data_dir = data_dir.expanduser().resolve()
         if set(str(self.data_dir)) & set('"$`\\\n'):
             raise EmbeddedError(
@@ -89,6 +104,7 @@ class EmbeddedServer:
         self.version = version
         self._settings = settings
         self._timeout = timeout
+        self._archive = archive.expanduser().resolve() if archive else None
         self._bin = bin_dir(version)
         self._pgdata = self.data_dir / "postgres"
         self._cluster_name = f"pgshelf-{sha256(bytes(self._pgdata)).hexdigest()[:12]}"
@@ -170,6 +186,13 @@ class EmbeddedServer:
         if self._account:
             _open_the_way(self._bin, self.data_dir)
         self._make_private(self.socket_dir)
+        if self._archive is not None and not self._archive.exists():
+            self._archive.parent.mkdir(parents=True, exist_ok=True)
+            self._make_private(self._archive)
+            if self._account:
+                _open_the_way(self._bin, self._archive)
+        if self._account and self._pgdata.exists():
+            _give(self._pgdata, *self._account)
         version_file = self._pgdata / "PG_VERSION"
         if not version_file.exists():
             self._init_cluster()
@@ -219,10 +242,13 @@ class EmbeddedServer:
         os.close(directory)
 
     def _ensure_running(self) -> None:
-        deadline = time.monotonic() + self._timeout
+        deadline, launched = time.monotonic() + self._timeout, False
         while (answer := self._ping()) is not pq.Ping.OK:
             if answer is not pq.Ping.REJECT and self._postmaster() is None:
+                if launched:  # pg_ctl does not wait for the end of a recovery to a moment, which may not be reached
+                    raise EmbeddedError(self._with_log("PostgreSQL ended while it was starting"))
                 self._launch(deadline)
+                launched = True
             elif time.monotonic() > deadline:
                 raise EmbeddedError(self._with_log(f"PostgreSQL is not ready after {self._timeout:.0f} s"))
             time.sleep(0.05)
@@ -244,7 +270,8 @@ class EmbeddedServer:
 
     def _write_config(self) -> None:
         lines = ["# Written by pgshelf at every start; `alter system set ...` goes before it."]
-        values = {**_config(self._cluster_name, self.socket_dir), **self._settings}
+        archiving = _archiving(self._archive) if self._archive else {}
+        values = {**_config(self._cluster_name, self.socket_dir), **archiving, **self._settings}
         lines += [f"{name} = '{_escape(value)}'" for name, value in values.items()]
         path = self._pgdata / CONFIG_FILE
         path.write_text("\n".join(lines) + "\n")
@@ -397,6 +424,13 @@ def _open_the_way(programs: Path, data_dir: Path) -> None:
             _add_mode(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
 
 
+def _give(pgdata: Path, user: int, group: int) -> None:
+    """A cluster that root has put there, from a backup say, becomes the server's; the top is last, for it tells."""
+    if pgdata.stat().st_uid == 0:
+        for path in [*pgdata.rglob("*"), pgdata]:
+            os.chown(path, user, group, follow_symlinks=False)
+
+
 def _add_mode(path: Path, bits: int) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & bits != bits:
@@ -443,6 +477,21 @@ def _config(cluster_name: str, socket_dir: Path) -> dict[str, str]:
         "log_line_prefix": "%m [%p] %q%u@%d ",
         "log_lock_waits": "on",
     }
+
+
+def _archiving(directory: Path) -> dict[str, str]:
+    """Every segment is kept, and a minute's changes at the latest: more than that is not lost with the disk."""
+    return {"archive_mode": "on", "archive_timeout": "60s", "archive_command": archive_command(directory)}
+
+
+def archive_command(directory: Path) -> str:
+    """Keep one segment of WAL: under its name only when it is whole and on the disk, and never over another one.
+
+    PostgreSQL may ask twice for the same one, after a crash say.
+    """
+    to = shlex.quote(str(directory)).replace("%", "%%")
+    copy = f"cp %p {to}/%f.part && sync {to}/%f.part && mv {to}/%f.part {to}/%f && sync {to}"
+    return f"if test -e {to}/%f; then cmp -s %p {to}/%f; else {copy}; fi"
 
 
 def _memory_bytes() -> int:

@@ -13,11 +13,19 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import __version__, database, migrate
 from pgshelf.errors import Problem
-from pgshelf.http import Engine, problems
+from pgshelf.http import Config, Engine, problems
+from pgshelf.settings import Settings
 
 INSTALLED = """
 select (select version_num from pgshelf.alembic_version), (select sql_hash from pgshelf.installation),
   (select extversion from pg_catalog.pg_extension where extname = 'vector')
+"""
+
+
+# Only a standby says something: how far it is behind is what decides whether it may serve.
+BEHIND = """
+select s.lag_bytes, s.lag_seconds, s.health from pgshelf.replication(%s, %s) s
+where pg_catalog.pg_is_in_recovery() and s.role = 'standby'
 """
 
 
@@ -49,7 +57,7 @@ def expected() -> tuple[str, str]:
     return migrate.head(), migrate.sql_hash()
 
 
-async def check(engine: AsyncEngine) -> Checks:
+async def check(engine: AsyncEngine, settings: Settings) -> Checks:
     """Raise what keeps this process from serving."""
     try:
         revision, sql_hash, pgvector = (await database.run(engine, INSTALLED))[0]
@@ -60,7 +68,20 @@ async def check(engine: AsyncEngine) -> Checks:
         if revision == expected()[0]:
             detail = "The functions in the database are those of another version: run `pgshelf migrate`."
         raise Problem("not_ready", detail)
+    await _check_standby(engine, settings)
     return Checks("ok", revision, pgvector)
+
+
+async def _check_standby(engine: AsyncEngine, settings: Settings) -> None:
+    """A standby that is too far behind takes itself out of rotation."""
+    limits = (settings.replication_lag_bytes, settings.replication_lag_seconds)
+    for lag_bytes, lag_seconds, condition in await database.run(engine, BEHIND, *limits):
+        # one that is cut off serves until it may be too old; a limit of 0 is none
+        old = condition == "disconnected" and (lag_seconds or 0) > (limits[1] or float("inf"))
+        if old or condition == "lagging":
+            behind = f"{lag_bytes} bytes of WAL" + ("" if lag_seconds is None else f" and {lag_seconds:.1f} seconds")
+            detail = f"The database is a standby that is {behind} behind, more than PGSHELF_REPLICATION_LAG_* allow."
+            raise Problem("not_ready", detail)
 
 
 @get("/health", response_description="Alive", summary="Is the process alive", operation_id="health")
@@ -76,9 +97,9 @@ async def health() -> Health:
     summary="Can the service serve",
     operation_id="ready",
 )
-async def ready(engine: Engine) -> Ready:
+async def ready(engine: Engine, settings: Config) -> Ready:
     """Ask the database; 503 says what is missing."""
-    return Ready("ready", await check(engine))
+    return Ready("ready", await check(engine, settings))
 
 
 # not in the OpenAPI document, which lists the codes: it is what the `type` of a problem leads to

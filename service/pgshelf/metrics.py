@@ -40,12 +40,26 @@ union all select 'pgshelf_documents', null, greatest(reltuples, 0)::float8 from 
   where oid = 'pgshelf.documents'::regclass
 union all (select 'pgshelf_library_chunks', l.name, pgshelf.shelf_rows(l.shelf)::float8 from pgshelf.libraries l
   where l.deleted_at is null and l.shelf <> 0 order by 3 desc nulls last limit %s)
+union all select m.name, r.name, m.value from pgshelf.replication(%s, %s) r, lateral (values
+  ('pgshelf_replication_healthy', case when r.health is not null then (r.health = 'healthy')::int::float8 end),
+  ('pgshelf_replication_lag_bytes', r.lag_bytes), ('pgshelf_replication_lag_seconds', r.lag_seconds),
+  ('pgshelf_replication_retained_bytes', r.retained_bytes),
+  ('pgshelf_replication_conflicts', (select sum(c.value::float8) from jsonb_each_text(r.conflicts) c))) m (name, value)
+  where r.role <> 'primary' and m.value is not null
 """
 MEANINGS = {
     "pgshelf_libraries": ("Libraries by the state of their index.", "state"),
     "pgshelf_libraries_waiting": ("Libraries that may hold chunks without a vector.", None),
     "pgshelf_pending_age_seconds": ("How long the oldest chunk that is due has waited for its vector.", None),
     "pgshelf_documents": ("Documents of all libraries, as PostgreSQL estimates them.", None),
+    "pgshelf_replication_healthy": (
+        "Whether a replica, or the standby asked, is connected and in time.",
+        "replica",
+    ),
+    "pgshelf_replication_lag_bytes": ("WAL that it has not replayed.", "replica"),
+    "pgshelf_replication_lag_seconds": ("Age of the last moment of which it has everything.", "replica"),
+    "pgshelf_replication_retained_bytes": ("WAL that its slot keeps on the server that was asked.", "replica"),
+    "pgshelf_replication_conflicts": ("Queries that replay cancelled on the standby that was asked.", "replica"),
     "pgshelf_library_chunks": ("Chunks of the largest libraries with a shelf of their own, estimated.", "library"),
 }
 
@@ -96,7 +110,8 @@ class Rows:
 @get("/metrics", media_type=CONTENT_TYPE_LATEST, include_in_schema=False, operation_id="metrics")
 async def metrics(engine: Engine, settings: Config, metrics_folder: Folder) -> Response[bytes]:
     """Everything that is measured, of all processes of this service, in Prometheus' text format."""
-    rows = await database.run(engine, QUERY, settings.metrics_libraries)
+    limits = (settings.replication_lag_bytes, settings.replication_lag_seconds)
+    rows = await database.run(engine, QUERY, settings.metrics_libraries, *limits)
     registry = CollectorRegistry()
     registry.register(Rows(rows))
     return Response(exposition(everywhere(metrics_folder)) + exposition(registry), media_type=CONTENT_TYPE_LATEST)

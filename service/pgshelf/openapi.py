@@ -11,6 +11,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.access import RULES
 from pgshelf.audit import AuditEntry
+from pgshelf.backups import Backup
 from pgshelf.batch import AddDocuments, DocumentResults
 from pgshelf.cache import CacheInfo
 from pgshelf.changes import Change, Changes
@@ -37,6 +38,7 @@ from pgshelf.indexes import Index
 from pgshelf.ingest import DocumentInput
 from pgshelf.keys import CreateKey, CreateToken, Key, NewKey, RotateKey, Token
 from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
+from pgshelf.replication import BackupList, Replication, Server, StartBackup
 from pgshelf.retry import Retried, RetryEmbeddings
 from pgshelf.search import Batch, BatchAnswer, LibrariesAnswer, LibrariesRequest
 from pgshelf.searching import SearchAnswer, SearchRequest
@@ -89,6 +91,40 @@ CHANGE: dict[str, Any] = {
     "document_id": DOCUMENT,
     "key": "guide/vacuum",
     "created": True,
+}
+BACKUP: dict[str, Any] = {
+    "id": "20260105T090100Z",
+    "label": "before the upgrade",
+    "state": "done",
+    "error": None,
+    "started_at": "2026-01-05T09:01:00Z",
+    "finished_at": "2026-01-05T09:01:42Z",
+    "bytes": 1073741824,
+    "start_lsn": "0/5000028",
+    "end_lsn": "0/5000120",
+    "timeline": 1,
+    "postgres": "18.1",
+}
+REPLICA: dict[str, Any] = {
+    "role": "replica",
+    "name": "replica1",
+    "address": "10.0.0.7",
+    "slot": "replica1",
+    "state": "streaming",
+    "sync_state": "async",
+    "timeline": None,
+    "sent_lsn": "0/5000560",
+    "written_lsn": "0/5000560",
+    "flushed_lsn": "0/5000560",
+    "replayed_lsn": "0/5000558",
+    "lag_bytes": 8,
+    "lag_seconds": 0.002,
+    "last_message_at": "2026-01-05T09:00:00Z",
+    "last_heartbeat_at": "2026-01-05T08:59:58Z",
+    "wal_status": "reserved",
+    "retained_bytes": 8,
+    "conflicts": None,
+    "health": "healthy",
 }
 BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     CreateLibrary: {
@@ -145,6 +181,7 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     DeleteDocuments: {"filter": {"$updated_at": {"$lt": "2020-01-01"}}, "dry_run": True},
     CreateKey: {"name": "crawler", "role": "writer", "libraries": ["handbook", "team-*"]},
     RotateKey: {"overlap": 3600},
+    StartBackup: {"label": "before the upgrade"},
     CreateToken: {"role": "reader", "libraries": ["handbook"], "expires_in": 600},
     FacetsRequest: {"attributes": ["year", "$source"], "filter": {"chunk.$text": {"$ilike": "%vacuum%"}}, "limit": 5},
 }
@@ -302,6 +339,22 @@ ANSWERS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "role": "reader",
         "libraries": ["handbook"],
         "expires_at": "2026-01-05T09:10:00Z",
+    },
+    Backup: BACKUP,
+    BackupList: {"items": [BACKUP], "next": None},
+    Server: REPLICA,
+    Replication: {
+        **dict.fromkeys(REPLICA),
+        "role": "primary",
+        "name": "main",
+        "timeline": 1,
+        "written_lsn": "0/5000560",
+        "flushed_lsn": "0/5000560",
+        "last_heartbeat_at": "2026-01-05T08:59:58Z",
+        "health": "healthy",
+        "overall": "healthy",
+        "hidden": None,
+        "replicas": [REPLICA],
     },
     ProblemBody: {
         "type": "/errors#library_not_found",

@@ -117,6 +117,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     cache_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 64 * 1024 * 1024
     cache_ttl: Annotated[float, Meta(gt=0)] = 3600.0
+    replication_lag_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
+    replication_lag_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    heartbeat_interval: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+    backup_directory: Path | None = None
+    backup_url: str | None = None
+    backup_keep: Annotated[int, Meta(ge=0)] = 0
+    wal_archive: Path | None = None
+    pg_bin: Path | None = None
 
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
@@ -223,7 +231,9 @@ def _decode(kind: type, value: object) -> object:
 def _shown(name: str, value: object) -> str:
     if name.endswith("api_key") and value:
         return "***"
-    if (name == "database_url" and value) or (name in {*BASE_URLS, "jwt_jwks_url"} and "@" in str(value)):
+    if (name in ("database_url", "backup_url") and value) or (
+        name in {*BASE_URLS, "jwt_jwks_url"} and "@" in str(value)
+    ):
         return masked(str(value))
     return str(value)
 

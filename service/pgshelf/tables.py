@@ -548,3 +548,13 @@ library_marks = Table(
     comment="Random numbers left by whoever changes something: all of a library together are its state, "
     "for the query cache.",
 )
+
+heartbeats = Table(
+    "heartbeats",
+    metadata,
+    Column("n", Integer, nullable=False, autoincrement=False),
+    Column("at", moment, nullable=False),
+    Column("wal", BigInteger, nullable=False, comment="The LSN, as a number of bytes."),
+    PrimaryKeyConstraint("n", name="heartbeats_pkey"),
+    comment="Places in the WAL and their times, a ring: how many seconds a replica is late.",
+)

@@ -23,6 +23,7 @@ STAMP = "select pgshelf.stamp_all_changes()"
 PRUNE_CHANGES = "select pgshelf.prune_changes(%s)"
 FORGET_IMPORTS = "select pgshelf.forget_imports(%s)"
 PRUNE_AUDIT = "select pgshelf.prune_audit(%s)"
+BEAT = "select pgshelf.beat(%s)"
 PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
 FORGET_RATES = "select pgshelf.forget_rate_shares()"
 TIDY = 60.0  # seconds between two times
@@ -117,6 +118,16 @@ async def _build(engine: AsyncEngine, settings: Settings) -> None:
     await asyncio.gather(shelves.forever(settings), reembedding.forever(engine, settings))
 
 
+async def _beat(engine: AsyncEngine, settings: Settings) -> None:
+    """Let replicas know how late it is; the first of all processes in an interval does it."""
+    while settings.heartbeat_interval:
+        try:
+            await database.run(engine, BEAT, settings.heartbeat_interval)
+        except EXPECTED as error:
+            log.debug("no heartbeat, trying again: %s", error)
+        await asyncio.sleep(settings.heartbeat_interval * random.uniform(0.5, 1))  # noqa: S311 - jitter
+
+
 async def alone(settings: Settings, stopped: asyncio.Event) -> None:
     """Reconcile without serving, until it is told to stop."""
     assert settings.database_url  # noqa: S101 - who runs a worker has a database
@@ -134,7 +145,7 @@ async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
     batches = Batches(engine, settings)
     others = _others_forever(engine, settings)
-    work = [batches.forever(), others, _keep_house(engine, settings), _build(engine, settings)]
+    work = [batches.forever(), others, _keep_house(engine, settings), _build(engine, settings), _beat(engine, settings)]
     tasks = [asyncio.create_task(each, name="pgshelf worker") for each in work]
     try:
         yield

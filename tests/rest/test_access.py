@@ -41,6 +41,7 @@ MATRIX = {
     "createKey": ("admin", "all"), "listKeys": ("admin", "all"), "getKey": ("admin", "all"),
     "revokeKey": ("admin", "all"), "rotateKey": ("admin", "all"),
     "createToken": ("reader", ""), "listAudit": ("admin", "all"),
+    "getReplication": ("admin", "all"), "startBackup": ("admin", "all"), "listBackups": ("admin", "all"),
 }  # fmt: skip
 LEVEL = {"reader": 1, "writer": 2, "admin": 3}
 LAST = ["deleteLibrary"]  # what those before it need

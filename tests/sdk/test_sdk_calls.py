@@ -36,6 +36,14 @@ CACHE = {
     "enabled": True, "max_bytes": 2**26, "ttl": 3600.0, "entries": 2, "bytes": 4096, "hits": 7, "misses": 3,
     "evictions": 1,
 }  # fmt: skip
+BACKUP = {
+    "id": "20260105T090100Z",
+    "label": None,
+    "state": "running",
+    "error": None,
+    "started_at": "2026-01-05T09:01:00Z",
+}
+SERVER = dict.fromkeys(pgshelf_client.Server.__struct_fields__)
 
 # method, arguments, options; what the server answers; what it was asked, and the body
 CALLS = [
@@ -77,6 +85,14 @@ CALLS = [
         "POST /v1/keys",
         {"name": "crawler", "role": "writer", "libraries": ["team-*", "a"], "expires_at": "2030-01-02T00:00:00Z"},
     ),
+    (
+        "replication", (), {},
+        {"role": "primary", "written_lsn": "0/5000560", "overall": "lagging", "hidden": None,
+         "replicas": [{**SERVER, "role": "replica", "name": "near", "lag_bytes": 8, "health": "lagging"}]},
+        "GET /v1/replication", None,
+    ),
+    ("start_backup", (), {}, BACKUP, "POST /v1/replication/backups", {}),
+    ("start_backup", (), {"label": "weekly"}, BACKUP, "POST /v1/replication/backups", {"label": "weekly"}),
     ("get_key", ("crawler",), {}, KEY, "GET /v1/keys/crawler", None),
     ("rotate_key", ("crawler",), {}, {**KEY, "secret": "pgs_x"}, "POST /v1/keys/crawler/rotate", {}),
     (
@@ -553,6 +569,14 @@ async def test_clients_close_what_they_opened():
             await client.health()
 
 
+async def test_backups_are_a_list(connect):
+    script = Script(ok({"items": [BACKUP], "next": None}))
+    [backup] = await connect(script).backups()
+    assert script.asked == ["GET /v1/replication/backups"]
+    assert (backup.id, backup.state, backup.bytes) == (BACKUP["id"], "running", None)
+    assert backup.started_at == datetime(2026, 1, 5, 9, 1, tzinfo=UTC)
+
+
 def test_both_clients_have_the_same_methods_with_the_same_parameters():
     def signatures(client: type) -> dict[str, list[tuple[str, object, object]]]:
         methods = inspect.getmembers(client, inspect.isfunction)
@@ -571,7 +595,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters():
         *(name for name, *_ in CALLS),
         *(name for name, *_ in DELETIONS),
         *(name for name, *_ in LISTS),
-        "changes",
+        *("changes", "backups"),
         *("query_documents", "count_documents", "update_documents", "delete_documents"),
         *("add_documents", "import_documents", "export_documents", "export_lines", "retry_embeddings"),
     } == {*signatures(Client)}
