@@ -37,6 +37,7 @@ OPERATIONS = {
     "deleteChunk": "chunk.delete",
     "retryEmbeddings": "embedding.retry",
     "clearCache": "cache.clear",
+    "startBackup": "backup.start",
     "createKey": "key.create",
     "rotateKey": "key.rotate",
     "revokeKey": "key.revoke",

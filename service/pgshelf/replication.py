@@ -135,7 +135,9 @@ async def start_backup(data: JSONBody[StartBackup], once: Write, settings: Confi
     store = _store(settings)
 
     async def begin(_: AsyncConnection) -> Answer[Backup]:
-        return Answer(await asyncio.to_thread(_begin, store, settings, data.label), status_code=202)
+        backup = await asyncio.to_thread(_begin, store, settings, data.label)
+        once.note(detail=backup.id)
+        return Answer(backup, status_code=202)
 
     return await once.run(begin)
 
