@@ -27,13 +27,13 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     Wait,
     as_id,
     page_size,
     problems,
 )
 from pgshelf.idempotency import Write
-from pgshelf.replicas import Reader
 
 Include = Annotated[
     list[Literal["embedding"]] | None,

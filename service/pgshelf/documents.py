@@ -31,6 +31,7 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     Wait,
     as_id,
     cursor,
@@ -41,7 +42,6 @@ from pgshelf.http import (
 )
 from pgshelf.idempotency import Once, Write
 from pgshelf.ingest import WRITE, DocumentInput, Prepared, Title, embed_pending, prepare
-from pgshelf.replicas import Reader
 from pgshelf.settings import Settings
 
 FILTER = Meta(

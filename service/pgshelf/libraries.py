@@ -27,6 +27,7 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     as_id,
     cursor,
     page_size,
@@ -35,7 +36,6 @@ from pgshelf.http import (
 )
 from pgshelf.idempotency import Write
 from pgshelf.index_choice import IndexChoice
-from pgshelf.replicas import Reader
 from pgshelf.settings import Settings
 from pgshelf.tables import libraries
 

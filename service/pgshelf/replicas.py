@@ -217,7 +217,6 @@ def targets(settings: Settings) -> dict[str, str]:
 
 
 Shape = NamedDependency[SkipValidation[Topology | None]]
-Reader = NamedDependency[SkipValidation[database.Source]]
 Wanted = Annotated[
     str | None,
     HeaderParameter(
