@@ -38,7 +38,8 @@ def test_documented_defaults_are_true() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \| `?([^|`]+?)`? \|", text, re.MULTILINE))
     settings = Settings()
-    computed = {"database_url", "data_dir", "workers", "auto_migrate", "embedder", "cohere_api_key", "api_key"}
+    computed = {"database_url", "replica_url", "data_dir", "workers", "auto_migrate", "embedder", "api_key"}
+    computed |= {"cohere_api_key"}
     computed |= {"backup_directory", "backup_url", "wal_archive", "pg_bin"}
     computed |= {"jwt_issuer", "jwt_audience", "jwt_jwks_url", "jwt_keys_file"}
     for name in set(Settings.__struct_fields__) - computed:

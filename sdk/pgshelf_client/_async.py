@@ -65,6 +65,8 @@ class AsyncClient:
     What fails for now is sent again: when the server cannot be reached, after a lost answer, after 429, 502, 503 and
     504, and when the server had to roll back. That is safe for writes, too: each has an idempotency key, so an attempt
     whose predecessor was carried out unseen gets the answer of that one.
+    Where the server reads from replicas, `consistency` says how fresh reads are: "session" sees all that this client
+    has written, "eventual" may not, "strong" reads what the primary has.
     Every method may raise `ApiError`, `ConnectionFailed` or `UnexpectedAnswer`.
     """
 
@@ -76,9 +78,11 @@ class AsyncClient:
         api_prefix: str = "/v1",
         timeout: float | httpx2.Timeout | None = base.DEFAULT_TIMEOUT,
         retries: int | Retries = 3,
+        consistency: str = "session",
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._routes = base.Routes(base_url, api_prefix)
+        self._consistency = base.Consistency(consistency)
         self._retries = retries if isinstance(retries, Retries) else Retries(times=retries)
         self._http = httpx2.AsyncClient(headers=base.default_headers(api_key), timeout=timeout, transport=transport)
 
@@ -97,6 +101,15 @@ class AsyncClient:
     async def aclose(self) -> None:
         """Close the connections; the client cannot be used afterwards."""
         await self._http.aclose()
+
+    @property
+    def consistency_token(self) -> str | None:
+        """How far this client's writes are. Given to another client, the "session" of that one sees them, too."""
+        return self._consistency.token
+
+    @consistency_token.setter
+    def consistency_token(self, token: str | None) -> None:
+        self._consistency.saw(token)
 
     # The server
 
@@ -530,7 +543,7 @@ class AsyncClient:
         key. Take another name for another import. `wait=True` embeds before a batch is committed, False leaves it to
         the worker.
         """
-        tally = Tally(progress, on_failure)
+        tally = Tally(progress, on_failure, self._consistency.saw)
         cutter = Cutter(batch_size, name, tally.refuse)
 
         async def send(batch: Batch) -> bytes:
@@ -813,11 +826,16 @@ class AsyncClient:
         while True:
             try:
                 response = await self._http.request(
-                    call.method, call.url, params=call.params, content=call.body, headers=call.headers
+                    call.method,
+                    call.url,
+                    params=call.params,
+                    content=call.body,
+                    headers=self._consistency.headers(call),
                 )
             except httpx2.RequestError as error:
                 delay = attempts.after_failure(error)
             else:
+                self._consistency.saw(response.headers.get(base.SEEN))
                 outcome = attempts.after_answer(response)
                 if outcome is None:
                     return response

@@ -4,6 +4,7 @@ import array
 import json
 import math
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ from .types import (
 VERSION = version("pgshelf-client")
 FOLLOW_WAIT = 20.0  # seconds that a question for changes waits, well below the timeout
 KEY = "Idempotency-Key"
+SEEN = "Pgshelf-Consistency-Token"
+LEVEL = "Pgshelf-Consistency"
 DEFAULT_BASE_URL = "http://127.0.0.1:8432"
 DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 
@@ -124,6 +127,38 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.structs.replace(self, params={**self.params, "after": cursor})
         fields = msgspec.json.decode(self.body, type=dict[str, msgspec.Raw])
         return msgspec.structs.replace(self, body=msgspec.json.encode({**fields, "after": cursor}))
+
+
+class Consistency:
+    """How fresh a client's reads are, and the newest of the tokens that its writes were answered with; for any thread.
+
+    A token is a cluster, a timeline and a position in its WAL, written so that later ones of a cluster are greater.
+    """
+
+    def __init__(self, level: str) -> None:
+        if level not in ("eventual", "session", "strong"):
+            raise ValueError(f'consistency is "eventual", "session" or "strong", not {level!r}')
+        self.level = level
+        self.token: str | None = None
+        self._lock = threading.Lock()
+
+    def headers(self, call: Call) -> dict[str, str]:
+        """All headers of a call."""
+        if not call.reads:
+            return call.headers
+        if self.level != "session":
+            return {**call.headers, LEVEL: self.level}
+        token = self.token
+        return call.headers if token is None else {**call.headers, SEEN: token}
+
+    def saw(self, token: str | None) -> None:
+        """Remember a token, unless a later one is known; one of another cluster says that the server has moved."""
+        if token is None:
+            return
+        with self._lock:
+            known = self.token
+            if known is None or token.split("-")[0] != known.split("-")[0] or token > known:
+                self.token = token
 
 
 class Deadline:

@@ -141,6 +141,7 @@ class AnswerLine(msgspec.Struct, frozen=True):
     skipped: int = 0
     pending: int = 0
     failed: list[Failed] | int = 0
+    consistency_token: str | None = None
 
 
 ANSWER_LINE = msgspec.json.Decoder(AnswerLine)
@@ -150,9 +151,13 @@ class Tally:
     """Counts what became of the documents; failures are kept in order, or handed on."""
 
     def __init__(
-        self, progress: Callable[[ImportProgress], Any] | None, on_failure: Callable[[ImportFailure], Any] | None
+        self,
+        progress: Callable[[ImportProgress], Any] | None,
+        on_failure: Callable[[ImportFailure], Any] | None,
+        saw: Callable[[str | None], None],
     ) -> None:
         self.progress = progress
+        self.saw = saw
         self.on_failure = on_failure
         self.so_far = ImportProgress()
         self.failures: list[ImportFailure] = []
@@ -170,6 +175,7 @@ class Tally:
             raise UnexpectedAnswer(f"the answer to an import is not in the form of pgshelf: {error}") from error
         if not last.done:
             raise UnexpectedAnswer("the answer to an import does not tell of its end")
+        self.saw(last.consistency_token)
         counted = {name: getattr(last, name) for name in ("created", "replaced", "skipped", "pending", "failed")}
         self.count(documents=len(batch.lines), **counted)
         for failed in [each for line in lines if isinstance(line.failed, list) for each in line.failed]:

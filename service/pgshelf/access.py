@@ -7,7 +7,8 @@ import contextlib
 import contextvars
 import re
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import UUID
 
 import msgspec
@@ -164,13 +165,30 @@ class Names(msgspec.Struct):
     name: str | None = None
 
 
+class Beside(Protocol):
+    """Answers short questions beside the requests' own."""
+
+    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Run a statement that changes nothing."""
+
+    async def close(self) -> None:
+        """Give back what it holds."""
+
+
 class Guard:
     """Asks PostgreSQL about the key of every request: what is revoked there is refused everywhere from then on."""
 
-    def __init__(self, settings: Settings, engine: AsyncEngine, url: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        url: str,
+        beside: Beside | None = None,
+        opening: database.Opening = contextlib.nullcontext,
+    ) -> None:
         self._settings, self._engine = settings, engine
-        self._beside = database.Beside(settings, url)
-        self._rates = Rates(settings, url)
+        self._beside = beside or database.Beside(settings, url)
+        self._rates = Rates(settings, url, opening)
         self._issuer = Issuer(settings) if settings.jwt else None
         self._public = public_scope(settings)
         self._hosts = allowed_hosts(settings)

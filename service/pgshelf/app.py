@@ -42,6 +42,7 @@ from pgshelf import (
     openapi,
     providers,
     query_cache,
+    replicas,
     replication,
     retry,
     search,
@@ -85,15 +86,19 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     engine = database.make_engine(settings, settings.database_url)
     metrics.observe_pool(engine)
     readers = changes.Readers(engine, settings)
-    answers = query_cache.QueryCache(settings, settings.database_url)
-    guard = access.Guard(settings, engine, settings.database_url)
+    servers = replicas.targets(settings)
+    topology = replicas.Topology(settings, engine, settings.database_url, servers) if servers else None
+    opening = topology.primary.opening if topology else contextlib.nullcontext
+    answers = query_cache.QueryCache(settings, settings.database_url, opening)
+    guard = access.Guard(settings, engine, settings.database_url, topology, opening)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         if settings.default_embedder == "local":  # load the model before the first request needs it
             await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
         reconciler = worker.running(engine, settings) if settings.worker_enabled else contextlib.nullcontext()
-        async with reconciler, changes.waking(readers):
+        watch = topology.watched() if topology else contextlib.nullcontext()
+        async with watch, reconciler, changes.waking(readers):
             yield
         await guard.close()
         await answers.close()
@@ -112,6 +117,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: readers, sync_to_thread=False),
             "cache": Provide(lambda: answers, sync_to_thread=False),
+            "topology": Provide(lambda: topology, sync_to_thread=False),
+            "reader": Provide(replicas.reader, sync_to_thread=False),
             "once": Provide(idempotency.once),
             "audited": Provide(idempotency.audited, sync_to_thread=False),
             "principal": Provide(access.principal, sync_to_thread=False),

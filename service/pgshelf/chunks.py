@@ -27,6 +27,7 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     Wait,
     as_id,
     page_size,
@@ -87,7 +88,7 @@ COLUMNS = """c.id, c.document_id, c.ordinal, c.text, c.metadata, case when c.emb
 async def list_chunks(
     library: LibraryName,
     document: DocumentName,
-    engine: Engine,
+    reader: Reader,
     settings: Config,
     limit: Limit = None,
     after: After = None,
@@ -98,7 +99,7 @@ async def list_chunks(
     if after is not None and not (after.isascii() and after.isdigit() and len(after) < 10):
         raise invalid("after", "is not a cursor; send the `next` of the page before, unchanged")
     rows = await database.run(
-        engine,
+        reader,
         f"""select {COLUMNS} from (select pgshelf.library_named(%s) as l) x,
         pgshelf.document_chunks(l, pgshelf.document_named((l).id, %s), %s, %s) c order by c.ordinal""",  # noqa: S608 - put together from constants
         bool(include), library, document, int(after or -1), size + 1,
@@ -114,10 +115,10 @@ async def list_chunks(
     summary="Get a chunk",
     operation_id="getChunk",
 )
-async def get_chunk(library: LibraryName, chunk: ChunkId, engine: Engine, include: Include = None) -> Chunk:
+async def get_chunk(library: LibraryName, chunk: ChunkId, reader: Reader, include: Include = None) -> Chunk:
     """Get a chunk by its id."""
     rows = await database.run(
-        engine,
+        reader,
         f"select {COLUMNS} from (select pgshelf.library_named(%s) as l) x, pgshelf.chunk_named(l, %s) c",  # noqa: S608 - put together from constants
         bool(include), library, _id(chunk),
     )  # fmt: skip

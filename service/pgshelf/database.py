@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -21,6 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool
 
+from pgshelf.consistency import Position, committed
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
 from pgshelf.timing import stage
@@ -32,6 +36,20 @@ RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 # What a connection answers whose server was migrated or demoted, or is another one, since it was opened.
 STALE_STATES = {"25006", "26000", "3F000", "42704", "42883", "42P01", "42P05"}
 STALE_MESSAGES = ("cache lookup failed", "cached plan must not change")
+# How far the WAL is that a commit has just flushed. What others have written and not flushed does not count: no standby
+# gets it before it is, up to wal_writer_delay later. A commit that flushes nothing has no better end.
+POSITION = b"""select pg_catalog.pg_walfile_name(s.t), (s.t - '0/0')::bigint
+from (select case pg_catalog.current_setting('synchronous_commit') when 'off'
+  then pg_catalog.pg_current_wal_insert_lsn() else pg_catalog.pg_current_wal_flush_lsn() end as t) s"""
+UNKNOWN = (
+    "The connection was lost, or a standby did not confirm in time, while the write was committed: it may be there or "
+    "not. Send it again with the same Idempotency-Key, which carries it out once."
+)
+UNCONFIRMED = (
+    "The write is committed on the primary and no standby has confirmed it: it is lost if the primary fails now. "
+    "Send it again with the same Idempotency-Key to hear when it is confirmed."
+)
+SYSTEM = "select system_identifier from pg_catalog.pg_control_system()"
 # The type is found by its extension: search_path says nothing about where pgvector lives.
 VECTOR_TYPE = """
 select n.nspname || '.' || t.typname, t.oid, t.typarray from pg_catalog.pg_type t
@@ -54,6 +72,25 @@ def dsn(url: str, **parameters: str | int) -> str:
     return psycopg.conninfo.make_conninfo(url.replace("postgresql+psycopg://", "postgresql://", 1), **parameters)
 
 
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection of a pool, and what is known of its server."""
+
+    system: int | None = None  # the cluster, where clients are told how far their writes are
+    seen: Position | None = None  # of a standby: how far it had replayed when it was last asked
+    unconfirmed = False  # a commit that no standby confirmed has gone through
+    patience = 30.0  # seconds that a commit may wait for standbys
+
+    def heed(self, notice: psycopg.errors.Diagnostic) -> None:
+        """Remember that the wait for a standby was cut short: what was committed may be lost with this server."""
+        # the function's name, for the message is in the server's language
+        self.unconfirmed |= notice.source_function == "SyncRepWaitForLSN"
+
+    def cut(self) -> None:
+        """End it at once, from outside: whoever waits for its answer learns that it is lost."""
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as beside:
+            beside.shutdown(socket.SHUT_RDWR)
+
+
 def migration_engine(url: str) -> sqlalchemy.Engine:
     """One connection at a time, made for Alembic."""
     target = dsn(url, application_name="pgshelf migrate")
@@ -67,7 +104,39 @@ def connect(url: str, name: str) -> psycopg.Connection[Any]:
     return psycopg.connect(target, autocommit=True)
 
 
-def make_engine(settings: Settings, url: str, *, owner: bool = False) -> AsyncEngine:
+def serving_dsn(settings: Settings, url: str, name: str, **parameters: str | int) -> str:
+    """The connection string of a serving process; of several hosts the one that takes writes is wanted.
+
+    A server that has vanished without a word is noticed within seconds.
+    """
+    known = psycopg.conninfo.conninfo_to_dict(dsn(url))
+    lively: dict[str, str | int] = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    lively["tcp_user_timeout"] = 15_000
+    if "," in str(known.get("host") or known.get("hostaddr") or ""):
+        lively["target_session_attrs"] = "read-write"
+    given = {key: value for key, value in lively.items() if key not in known}
+    return dsn(url, application_name=name, connect_timeout=settings.connect_timeout, **given, **parameters)
+
+
+Opening = Callable[[], AbstractAsyncContextManager[Any]]  # around the making of a connection; may refuse or end it
+
+
+async def opened(target: str, opening: Opening = contextlib.nullcontext, *, autocommit: bool = False) -> Connection:
+    """A new connection, unless `opening` has something against it."""
+    connection: Connection | None = None
+    try:
+        async with opening():
+            connection = await Connection.connect(target, autocommit=autocommit)
+    except BaseException:
+        if connection is not None:  # made a moment before it was given up
+            connection.pgconn.finish()
+        raise
+    return connection
+
+
+def make_engine(
+    settings: Settings, url: str, opening: Opening = contextlib.nullcontext, *, owner: bool = False
+) -> AsyncEngine:
     """The pool of a serving process. Custom plans always: a generic one would lock every shelf.
 
     With `owner`, its sessions become the owner of the tables if they may.
@@ -78,16 +147,15 @@ def make_engine(settings: Settings, url: str, *, owner: bool = False) -> AsyncEn
         " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
     )
     existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")
-    target = dsn(
-        url,
-        application_name="pgshelf serve",
-        connect_timeout=settings.connect_timeout,
-        options=f"{options} {existing}" if existing else options,
-    )
+    target = serving_dsn(settings, url, "pgshelf serve", options=f"{options} {existing}" if existing else options)
 
     async def open_connection() -> psycopg.AsyncConnection[Any]:
-        connection = await psycopg.AsyncConnection.connect(target)
+        connection = await opened(target, opening)
+        connection.patience = settings.statement_timeout
+        connection.add_notice_handler(connection.heed)
         try:
+            if settings.tokens:
+                [connection.system] = await (await connection.execute(SYSTEM)).fetchone() or [None]
             row = await (await connection.execute(VECTOR_TYPE)).fetchone()
             await connection.rollback()
             if owner:
@@ -132,17 +200,41 @@ def _renew_when_stale(pool: Pool) -> None:
     event.listen(pool, "checkout", taken)
 
 
+class Reads(Protocol):
+    """Where a request reads, if there are replicas: on one of them or on the primary; `retried` decides."""
+
+    primary: AsyncEngine
+
+    async def retried(self, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
+        """Do `work`, which changes nothing, on a server that is fresh enough; on another one where that fails."""
+
+
+Source = AsyncEngine | Reads
+
+
+def primary(source: Source) -> AsyncEngine:
+    """Where one writes who reads there."""
+    return source if isinstance(source, AsyncEngine) else source.primary
+
+
 @asynccontextmanager
-async def transaction(engine: AsyncEngine, *, single: bool = False) -> AsyncIterator[AsyncConnection]:
+async def transaction(
+    engine: AsyncEngine, *, single: bool = False, written: bool = False
+) -> AsyncIterator[AsyncConnection]:
     """A transaction; what the driver raises comes out as it is, without SQLAlchemy's wrapping.
 
-    A `single` statement is a transaction by itself and is spared the round trips of BEGIN and COMMIT.
+    A `single` statement is a transaction by itself and is spared the round trips of BEGIN and COMMIT. What is
+    `written` for a client is answered truthfully: where nobody knows whether it was committed, that is what is said.
     """
     single_engine = engine.execution_options(isolation_level="AUTOCOMMIT") if single else None
     try:
         with stage("sql"):
             async with single_engine.connect() if single_engine else engine.begin() as connection:
-                yield connection
+                if written:
+                    async with _settled(connection, single=single):
+                        yield connection
+                else:
+                    yield connection
     except PoolTimeout:
         detail = f"No connection became free in time ({engine.pool.status()}). Try again, or raise PGSHELF_POOL_SIZE."
         raise Problem("pool_exhausted", detail) from None
@@ -151,24 +243,93 @@ async def transaction(engine: AsyncEngine, *, single: bool = False) -> AsyncIter
         if not isinstance(cause, psycopg.Error):
             raise
         if _is_stale(cause):
-            _renewals[engine.pool] += 1
+            renew(engine)
         raise cause from None
+
+
+def renew(engine: AsyncEngine) -> None:
+    """Replace all connections of a pool, each when it is next taken."""
+    _renewals[engine.pool] += 1
+
+
+@asynccontextmanager
+async def _settled(connection: AsyncConnection, *, single: bool) -> AsyncIterator[None]:
+    """Commit what the block writes, or say that nobody knows, and note where it was committed."""
+    driver = await driver_of(connection)
+    driver.unconfirmed = False
+    noting = driver.system is not None and committed.get() is not None
+    committing = single
+    try:
+        if single:
+            # the statement has a limit in the server; its wait for standbys has none there
+            async with asyncio.timeout(driver.patience + 2):
+                yield
+            if noting:
+                await _note(driver, POSITION)
+        else:
+            yield
+            committing = True
+            async with asyncio.timeout(driver.patience):
+                # both in one round trip
+                await (_note(driver, b"commit; " + POSITION) if noting else driver.commit())
+    except (TimeoutError, DBAPIError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if committing and (isinstance(cause, TimeoutError) or is_lost(cause)):
+            await connection.invalidate()  # to roll back on it would fail, and hide this
+            raise Problem("write_outcome_unknown", UNCONFIRMED if driver.unconfirmed else UNKNOWN) from None
+        raise
+    if driver.unconfirmed:
+        raise Problem("write_outcome_unknown", UNCONFIRMED)
+
+
+async def _note(driver: Connection, statement: bytes) -> None:
+    """Run what ends in POSITION, and remember the answer for the client."""
+    cursor = await driver.execute(statement, prepare=False)
+    while cursor.nextset():
+        pass
+    row, positions = await cursor.fetchone(), committed.get()
+    if row is not None and positions is not None and driver.system is not None:
+        positions[:] = [max([*positions, Position(driver.system % 2**64, int(row[0][:8], 16), row[1])])]
+
+
+async def note_position(engine: AsyncEngine) -> None:
+    """Note a position behind everything that is committed by now, for an answer that tells of an earlier write."""
+    async with transaction(engine, single=True, written=True):
+        pass
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether the connection is gone, or there was none."""
+    if not isinstance(error, psycopg.OperationalError):
+        return False
+    state = error.sqlstate
+    return state is None or state[:2] == "08" or state in ("53300", "57P01", "57P02", "57P03", "57P05")
+
+
+async def driver_of(connection: AsyncConnection) -> Connection:
+    """The driver's own connection."""
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert isinstance(driver, Connection)  # noqa: S101 - narrows the type: make_engine opens them
+    return driver
 
 
 async def rows(connection: AsyncConnection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Run a statement with %s placeholders on the driver's own connection, within the transaction."""
-    driver = (await connection.get_raw_connection()).driver_connection
-    assert isinstance(driver, psycopg.AsyncConnection)  # noqa: S101 - narrows the type: the engine is made for psycopg
+    driver = await driver_of(connection)
     async with driver.cursor(binary=True) as cursor:
         await cursor.execute(statement.encode(), parameters)
         return await cursor.fetchall() if cursor.description else []
 
 
-async def retried(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
+async def retried(
+    source: Source, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False, written: bool = False
+) -> T:
     """Do `work` in a transaction; after a deadlock, a serialization failure or a stale connection in another one."""
+    if not isinstance(source, AsyncEngine):
+        return await source.retried(work, single=single)
     for attempt in range(RETRIES):
         try:
-            async with transaction(engine, single=single) as connection:
+            async with transaction(source, single=single, written=written) as connection:
                 return await work(connection)
         except psycopg.Error as error:
             again = isinstance(error, RETRIED) or (attempt == 0 and _is_stale(error))
@@ -184,9 +345,11 @@ def _is_stale(error: psycopg.Error) -> bool:
     return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)
 
 
-async def run(engine: AsyncEngine, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+async def run(source: Source, statement: str, *parameters: Any, written: bool = False) -> list[tuple[Any, ...]]:
     """Run one statement of ours as a transaction of its own."""
-    return await retried(engine, lambda connection: rows(connection, statement, *parameters), single=True)
+    return await retried(
+        source, lambda connection: rows(connection, statement, *parameters), single=True, written=written
+    )
 
 
 class Beside:
@@ -196,17 +359,21 @@ class Beside:
     plans are generic: they never touch the shelves.
     """
 
-    def __init__(self, settings: Settings, url: str, name: str = "auth") -> None:
-        self._target = dsn(
+    def __init__(
+        self, settings: Settings, url: str, name: str = "auth", opening: Opening = contextlib.nullcontext
+    ) -> None:
+        self._opening = opening
+        self._silence = settings.replica_timeout if settings.replica_url else settings.statement_timeout + 5
+        self._target = serving_dsn(
+            settings,
             url,
-            application_name=f"pgshelf {name}",
-            connect_timeout=settings.connect_timeout,
+            f"pgshelf {name}",
             options=f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c jit=off"
             " -c plan_cache_mode=force_generic_plan",
         )
         self._patience = settings.pool_timeout
         self._turn = asyncio.Lock()
-        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._connection: Connection | None = None
 
     async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Run a statement by itself, in turn."""
@@ -232,10 +399,20 @@ class Beside:
 
     async def _ask(self, question: str, parameters: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
         if self._connection is None:
-            self._connection = await psycopg.AsyncConnection.connect(self._target, autocommit=True)
-        async with self._connection.cursor(binary=True) as cursor:
-            await cursor.execute(question.encode(), parameters, prepare=True)
-            return await cursor.fetchall()
+            self._connection = await opened(self._target, self._opening, autocommit=True)
+        # who says nothing is not waited for; a question that is cancelled would wait, for the server to say so
+        silence = asyncio.get_running_loop().call_later(self._silence, self._connection.cut)
+        try:
+            async with self._connection.cursor(binary=True) as cursor:
+                await cursor.execute(question.encode(), parameters, prepare=True)
+                return await cursor.fetchall()
+        finally:
+            silence.cancel()
+
+    def cut(self) -> None:
+        """End a question that the server does not answer."""
+        if self._connection is not None:
+            self._connection.cut()
 
     async def close(self) -> None:
         """Give the connection back; the next question opens another one."""

@@ -31,6 +31,7 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     Wait,
     as_id,
     cursor,
@@ -222,13 +223,13 @@ async def put_document(
     operation_id="listDocuments",
 )
 async def list_documents(
-    library: LibraryName, engine: Engine, settings: Config, limit: Limit = None, after: After = None
+    library: LibraryName, reader: Reader, settings: Config, limit: Limit = None, after: After = None
 ) -> Page[Document]:
     """List the documents of a library, oldest first."""
     size = page_size(limit, settings)
     moment, last = position(after)
     rows = await database.run(
-        engine,
+        reader,
         f"""with l as materialized (select pgshelf.library_named(%s) as l),
         page as materialized (select {COLUMNS} from pgshelf.documents d where d.library_id = (select (l).id from l)
           and (%s::timestamptz is null or (d.created_at, d.id) > (%s::timestamptz, %s::uuid))
@@ -250,10 +251,9 @@ async def list_documents(
     summary="Get a document",
     operation_id="getDocument",
 )
-async def get_document(library: LibraryName, document: DocumentName, engine: Engine) -> Answer[Document]:
+async def get_document(library: LibraryName, document: DocumentName, reader: Reader) -> Answer[Document]:
     """Get a document by its key or id."""
-    async with database.transaction(engine) as connection:
-        return _answer(await _read(connection, library, document))
+    return _answer(await database.retried(reader, lambda connection: _read(connection, library, document), single=True))
 
 
 @patch(
@@ -321,7 +321,7 @@ async def delete_document(
     operation_id="queryDocuments",
 )
 async def query_documents(
-    library: LibraryName, data: JSONBody[DocumentQuery], engine: Engine, settings: Config
+    library: LibraryName, data: JSONBody[DocumentQuery], reader: Reader, settings: Config
 ) -> DocumentsFound:
     """List the documents that match a filter, in any order."""
     size = page_size(data.limit, settings)
@@ -338,7 +338,7 @@ async def query_documents(
             found.total = counted[0][0]
         return found
 
-    return await database.retried(engine, query)
+    return await database.retried(reader, query)
 
 
 @post(

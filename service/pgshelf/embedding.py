@@ -62,7 +62,7 @@ CONFIG = """select l.id, l.embedder, l.chunking, c.serial, c.embedder from pgshe
 left join pgshelf.embedder_changes c on c.library_id = l.id and c.phase <> 'over'"""
 
 
-async def library_config(engine: AsyncEngine, library: str) -> LibraryConfig:
+async def library_config(engine: database.Source, library: str) -> LibraryConfig:
     """Look up a library by name or id; PS001 when there is none."""
     return LibraryConfig(*(await database.run(engine, CONFIG, library))[0])
 
@@ -274,5 +274,6 @@ async def store(
         list(chunks),
         [text_hash(text) for text in texts],
         [vector if isinstance(vector, Vector) else Vector(vector) for vector in vectors],
+        written=True,
     )
     return int(rows[0][0])

@@ -66,6 +66,7 @@ CODES: dict[str, tuple[int, str]] = {
     "too_many_readers": (503, "Too many readers wait for changes"),
     "reranker_unavailable": (503, "The reranking provider is not available"),
     "issuer_unavailable": (503, "The issuer's keys cannot be had"),
+    "write_outcome_unknown": (503, "The write may have been carried out or not"),
     "pool_exhausted": (503, "All database connections are busy"),
     "lock_timeout": (503, "Another operation holds what this one needs"),
     "read_only": (503, "The database accepts no writes now"),

@@ -11,7 +11,7 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters
-from pgshelf.http import Config, Engine, LibraryName, problems
+from pgshelf.http import Config, LibraryName, Reader, problems
 from pgshelf.searching import FacetValue, Filter
 
 
@@ -55,7 +55,7 @@ order by a.place, f.place"""
     operation_id="facets",
 )
 async def count_facets(
-    library: LibraryName, data: JSONBody[FacetsRequest], engine: Engine, settings: Config
+    library: LibraryName, data: JSONBody[FacetsRequest], reader: Reader, settings: Config
 ) -> FacetsAnswer:
     """Count how many documents have which value of some fields, of all documents or of those that match a filter."""
     condition = filters.parameter(data.filter, settings)
@@ -69,7 +69,7 @@ async def count_facets(
                 found[name].append(FacetValue(value, documents))
         return FacetsAnswer(found, rows[0][3])
 
-    return await database.retried(engine, count, single=True)
+    return await database.retried(reader, count, single=True)
 
 
 router = Router("/", route_handlers=[count_facets], tags=["search"])

@@ -9,11 +9,10 @@ import msgspec
 import psycopg
 from litestar import Response, Router, get
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import __version__, database, migrate
 from pgshelf.errors import Problem
-from pgshelf.http import Config, Engine, problems
+from pgshelf.http import Config, Reader, problems
 from pgshelf.settings import Settings
 
 INSTALLED = """
@@ -57,10 +56,10 @@ def expected() -> tuple[str, str]:
     return migrate.head(), migrate.sql_hash()
 
 
-async def check(engine: AsyncEngine, settings: Settings) -> Checks:
+async def check(reader: database.Source, settings: Settings) -> Checks:
     """Raise what keeps this process from serving."""
     try:
-        revision, sql_hash, pgvector = (await database.run(engine, INSTALLED))[0]
+        revision, sql_hash, pgvector = (await database.run(reader, INSTALLED))[0]
     except psycopg.errors.UndefinedTable:
         raise Problem("not_ready", "The schema pgshelf is missing: run `pgshelf migrate`.") from None
     if (revision, sql_hash) != expected():
@@ -68,14 +67,14 @@ async def check(engine: AsyncEngine, settings: Settings) -> Checks:
         if revision == expected()[0]:
             detail = "The functions in the database are those of another version: run `pgshelf migrate`."
         raise Problem("not_ready", detail)
-    await _check_standby(engine, settings)
+    await _check_standby(reader, settings)
     return Checks("ok", revision, pgvector)
 
 
-async def _check_standby(engine: AsyncEngine, settings: Settings) -> None:
+async def _check_standby(reader: database.Source, settings: Settings) -> None:
     """A standby that is too far behind takes itself out of rotation."""
     limits = (settings.replication_lag_bytes, settings.replication_lag_seconds)
-    for lag_bytes, lag_seconds, condition in await database.run(engine, BEHIND, *limits):
+    for lag_bytes, lag_seconds, condition in await database.run(reader, BEHIND, *limits):
         # one that is cut off serves until it may be too old; a limit of 0 is none
         old = condition == "disconnected" and (lag_seconds or 0) > (limits[1] or float("inf"))
         if old or condition == "lagging":
@@ -97,9 +96,9 @@ async def health() -> Health:
     summary="Can the service serve",
     operation_id="ready",
 )
-async def ready(engine: Engine, settings: Config) -> Ready:
+async def ready(reader: Reader, settings: Config) -> Ready:
     """Ask the database; 503 says what is missing."""
-    return Ready("ready", await check(engine, settings))
+    return Ready("ready", await check(reader, settings))
 
 
 # not in the OpenAPI document, which lists the codes: it is what the `type` of a problem leads to

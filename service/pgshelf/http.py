@@ -25,7 +25,8 @@ from litestar.response.streaming import ASGIStreamingResponse
 from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import logs
+from pgshelf import consistency, logs
+from pgshelf.database import Source
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.settings import Settings, listed
 from pgshelf.timing import stage, stages
@@ -46,6 +47,7 @@ MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vn
 NDJSON = "application/x-ndjson"
 
 Engine = NamedDependency[SkipValidation[AsyncEngine]]
+Reader = NamedDependency[SkipValidation[Source]]  # for what changes nothing: a replica may answer
 Config = NamedDependency[SkipValidation[Settings]]
 LibraryName = Annotated[str, PathParameter(description="Name or id of the library.")]
 DocumentName = Annotated[str, PathParameter(description="Key or id of the document, percent-encoded.")]
@@ -237,6 +239,7 @@ class Edge:
             return
         started, spent = time.perf_counter(), dict[str, float]()
         stages.set(spent)
+        consistency.committed.set([])
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
@@ -262,6 +265,8 @@ class Edge:
                     out["allow"] += ", HEAD"
                 out["X-Request-Id"] = request_id
                 out.update(known.get("pgshelf_headers", {}))
+                if token := consistency.newest():
+                    out[consistency.TOKEN] = token
                 spent["total"] = (time.perf_counter() - started) * 1000
                 out["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
             elif head and message["type"] == "http.response.body":
@@ -324,8 +329,17 @@ def cors(settings: Settings) -> CORSConfig | None:
     return CORSConfig(
         allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
-        allow_headers=["Authorization", "Cache-Control", "Content-Type", "If-Match", "Idempotency-Key", "X-Request-Id"],
-        expose_headers=[*EXPOSED, "Retry-After", "RateLimit", "RateLimit-Policy"],
+        allow_headers=[
+            "Authorization",
+            "Cache-Control",
+            "Content-Type",
+            "If-Match",
+            "Idempotency-Key",
+            "X-Request-Id",
+            consistency.LEVEL,
+            consistency.TOKEN,
+        ],
+        expose_headers=[*EXPOSED, "Retry-After", "RateLimit", "RateLimit-Policy", consistency.TOKEN],
     )
 
 

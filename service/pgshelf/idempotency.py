@@ -74,7 +74,8 @@ class Once:
             return answer
 
         if self.key is None:
-            return await database.retried(self.engine, recorded, single=single and self.entry is None)
+            single = single and self.entry is None
+            return await database.retried(self.engine, recorded, single=single, written=True)
 
         async def claimed(connection: AsyncConnection) -> Answer[Any]:
             try:
@@ -90,12 +91,15 @@ class Once:
             await database.rows(connection, KEEP, *kept, self.owner, self.key)
             return answer
 
-        return await database.retried(self.engine, claimed)
+        return await database.retried(self.engine, claimed, written=True)
 
     async def replayed(self) -> Answer[Any] | None:
         """The stored answer, if there is one: for writes that would prepare at length what was done already."""
         found = None if self.key is None else await database.run(self.engine, KEPT, self.owner, self.key)
-        return self._answer(found[0]) if found else None
+        if not found:
+            return None
+        await database.note_position(self.engine)
+        return self._answer(found[0])
 
     def _answer(self, kept: tuple[Any, ...]) -> Answer[Any]:
         request, status, headers, body = kept

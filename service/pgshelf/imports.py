@@ -20,7 +20,7 @@ from litestar.params import HeaderParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from pgshelf import bulk, database
+from pgshelf import bulk, consistency, database
 from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import NDJSON, Config, Duplex, Engine, LibraryName, problems
@@ -92,6 +92,9 @@ class ImportDone(msgspec.Struct, kw_only=True):
     replaced: Annotated[int, Meta(description="Documents whose key there was.")]
     pending: Annotated[int, Meta(description="How many of both wait for vectors.")]
     failed: Annotated[int, Meta(description="Lines that were not written.")]
+    consistency_token: Annotated[
+        str | UnsetType, Meta(description="For reads that shall see it; where there are replicas.")
+    ] = UNSET
 
 
 class ImportError(msgspec.Struct):
@@ -201,6 +204,7 @@ class Import:
             try:
                 await self._write_all(body)
                 self.done.lines, self.done.skipped = self.lines.number, self.skipped
+                self.done.consistency_token = consistency.newest() or UNSET
                 self._tell(self.done)
             except InternalServerException:
                 raise  # the client is gone
@@ -311,7 +315,7 @@ class Import:
             if self.wait:
                 # a provider that fails leaves the texts to the worker
                 await bulk.embed_new(self.engine, self.settings, self.library, part.items)
-            await database.retried(self.engine, write)
+            await database.retried(self.engine, write, written=True)
 
         # a batch is bounded, so it may take what it takes: rows go slowly into an index that is there
         going_on = "select set_config('statement_timeout', '0', true), pgshelf.continue_import(%s, %s, %s, %s, %s)"

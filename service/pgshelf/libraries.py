@@ -27,6 +27,7 @@ from pgshelf.http import (
     LibraryName,
     Limit,
     Page,
+    Reader,
     as_id,
     cursor,
     page_size,
@@ -221,7 +222,7 @@ async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: C
     operation_id="listLibraries",
 )
 async def list_libraries(
-    engine: Engine, settings: Config, principal: Caller, limit: Limit = None, after: After = None
+    reader: Reader, settings: Config, principal: Caller, limit: Limit = None, after: After = None
 ) -> Page[Library]:
     """List the libraries that the key sees, oldest first."""
     size = page_size(limit, settings)
@@ -229,9 +230,12 @@ async def list_libraries(
     query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None), *principal.sees())
     if moment is not None:
         query = query.where(tuple_(libraries.c.created_at, libraries.c.id) > (moment, last))
-    async with database.transaction(engine) as connection:
-        query = query.order_by(libraries.c.created_at, libraries.c.id).limit(size + 1)
-        found = [_library(row) for row in await connection.execute(query)]
+    query = query.order_by(libraries.c.created_at, libraries.c.id).limit(size + 1)
+
+    async def listed(connection: AsyncConnection) -> list[Library]:
+        return [_library(row) for row in await connection.execute(query)]
+
+    found = await database.retried(reader, listed, single=True)
     more = found[size - 1] if len(found) > size else None
     return Page(found[:size], cursor(more.created_at, more.id) if more else None)
 
@@ -243,10 +247,9 @@ async def list_libraries(
     summary="Get a library",
     operation_id="getLibrary",
 )
-async def get_library(library: LibraryName, engine: Engine) -> Library:
+async def get_library(library: LibraryName, reader: Reader) -> Library:
     """Get a library by its name or id."""
-    async with database.transaction(engine) as connection:
-        return await _find(connection, library)
+    return await database.retried(reader, lambda connection: _find(connection, library), single=True)
 
 
 @patch(

@@ -6,6 +6,7 @@ Its answer is kept under that state, and given again only while PostgreSQL says 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections import OrderedDict
@@ -57,10 +58,10 @@ class Entry(NamedTuple):
 class QueryCache:
     """The answers that this process keeps: least recently used go first, none stays longer than PGSHELF_CACHE_TTL."""
 
-    def __init__(self, settings: Settings, url: str) -> None:
+    def __init__(self, settings: Settings, url: str, opening: database.Opening = contextlib.nullcontext) -> None:
         self.limit, self.ttl = settings.cache_bytes, settings.cache_ttl
         self.bytes = 0
-        self._beside = database.Beside(settings, url, "cache")
+        self._beside = database.Beside(settings, url, "cache", opening)
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
 
     async def close(self) -> None:

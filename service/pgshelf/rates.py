@@ -8,6 +8,7 @@ quota * (1 + t / window), and for each process a tenth of the quota more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import math
 import re
@@ -85,9 +86,9 @@ class Share:
 class Rates:
     """Lets a caller's requests in, or refuses them."""
 
-    def __init__(self, settings: Settings, url: str) -> None:
+    def __init__(self, settings: Settings, url: str, opening: database.Opening = contextlib.nullcontext) -> None:
         self._quotas = quotas(settings)
-        self._beside = database.Beside(settings, url, "rates")
+        self._beside = database.Beside(settings, url, "rates", opening)
         self._shares: OrderedDict[tuple[str, Kind], Share] = OrderedDict()
         self._silent_until = 0.0
         self._most = {False: settings.max_concurrent_requests, True: settings.max_concurrent_streams}

@@ -11,12 +11,11 @@ from litestar import Router, post
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, JSONBody, SkipValidation
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
 from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid, problem_of
-from pgshelf.http import Config, Engine, LibraryName, problems
+from pgshelf.http import Config, LibraryName, Reader, problems
 from pgshelf.query_cache import QueryCache, States
 from pgshelf.searching import (
     Hit,
@@ -112,13 +111,13 @@ class LibrariesAnswer(msgspec.Struct):
 async def search_library(
     library: LibraryName,
     data: JSONBody[SearchRequest],
-    engine: Engine,
+    reader: Reader,
     settings: Config,
     cache: Cache,
     cache_control: CacheControl = None,
 ) -> SearchAnswer:
     """Find chunks by meaning, by words, or by both, among those that match a filter."""
-    return await search(engine, settings, cache, library, data, cache_control)
+    return await search(reader, settings, cache, library, data, cache_control)
 
 
 @post(
@@ -132,7 +131,7 @@ async def search_library(
 async def search_batch(
     library: LibraryName,
     data: JSONBody[Batch],
-    engine: Engine,
+    reader: Reader,
     settings: Config,
     cache: Cache,
     cache_control: CacheControl = None,
@@ -146,7 +145,7 @@ async def search_batch(
     async def one(request: SearchRequest) -> BatchResult:
         async with turn:
             try:
-                return BatchResult(answer=await search(engine, settings, cache, library, request, cache_control))
+                return BatchResult(answer=await search(reader, settings, cache, library, request, cache_control))
             except Exception as error:
                 problem = problem_of(error)
                 if problem.code in ("library_not_found", "internal_error"):  # of the request as a whole
@@ -167,7 +166,7 @@ async def search_batch(
 )
 async def search_libraries(
     data: JSONBody[LibrariesRequest],
-    engine: Engine,
+    reader: Reader,
     settings: Config,
     cache: Cache,
     cache_control: CacheControl = None,
@@ -181,7 +180,7 @@ async def search_libraries(
     names = list(dict.fromkeys(data.libraries))
 
     async def find() -> tuple[LibrariesAnswer, States | None]:
-        hits, states = await asked_again(lambda: _several(engine, settings, names, wide))
+        hits, states = await asked_again(lambda: _several(reader, settings, names, wide))
         if data.rerank is not None:
             hits = await reranked(settings, data, hits)
         return LibrariesAnswer(hits, 0.0), states
@@ -192,13 +191,13 @@ async def search_libraries(
 
 
 async def _several(
-    engine: AsyncEngine, settings: Settings, names: list[str], data: LibrariesRequest
+    reader: database.Source, settings: Settings, names: list[str], data: LibrariesRequest
 ) -> tuple[list[Hit], States | None]:
     """The hits, and the states that the libraries were in all the time that they were looked at."""
-    asked = await database.run(engine, KNOWN, settings.cache_bytes > 0, names)
+    asked = await database.run(reader, KNOWN, settings.cache_bytes > 0, names)
     known = list({row[0]: row[:3] for row in asked}.values())
     shared = {field: getattr(data, field) for field in Ranking.__struct_fields__}
-    questions = await asyncio.gather(*(ask(engine, settings, str(row[0]), SearchRequest(**shared)) for row in known))
+    questions = await asyncio.gather(*(ask(reader, settings, str(row[0]), SearchRequest(**shared)) for row in known))
     modes = {question.mode for question in questions}
     if len(modes) > 1:
         raise Problem(
@@ -220,7 +219,7 @@ async def _several(
     merged = f"""select x.*, s.states from ({STATES}) s(states) left join
       (select * from ({" union all ".join(statements)}) y order by y.score desc, y.chunk_id limit %s offset %s) x
       on true order by x.score desc, x.chunk_id"""  # noqa: S608 - put together from constants
-    rows = await database.run(engine, merged, names if settings.cache_bytes else [], *parameters, data.k, data.offset)
+    rows = await database.run(reader, merged, names if settings.cache_bytes else [], *parameters, data.k, data.offset)
     states: States = rows[0][-1]
     rows = [row for row in rows if row[0] is not None]
     found = [hit(row, data.include) for row in rows]

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters, limits
 from pgshelf.embedding import asked_again, embed
@@ -295,7 +295,7 @@ def check_one(data: SearchRequest, settings: Settings) -> None:
 
 
 async def search(
-    engine: AsyncEngine,
+    reader: database.Source,
     settings: Settings,
     cache: QueryCache,
     library: str,
@@ -308,12 +308,12 @@ async def search(
     wide = widened(data, settings)
 
     async def asked() -> tuple[SearchAnswer, States | None]:
-        question = await ask(engine, settings, library, wide)
+        question = await ask(reader, settings, library, wide)
 
         async def work(connection: AsyncConnection) -> tuple[SearchAnswer, int | None]:
             return await _answer(connection, library, wide, question, kept(settings, library))
 
-        answer, state = await database.retried(engine, work, single=not data.explain)
+        answer, state = await database.retried(reader, work, single=not data.explain)
         # what the question says of the library must hold in the snapshot of the search, too
         return answer, [state] if question.state in (None, state) else None
 
@@ -354,23 +354,23 @@ async def reranked(settings: Settings, data: Ranking, hits: list[Hit]) -> list[H
     return found[data.offset : data.offset + data.k]
 
 
-async def ask(engine: AsyncEngine, settings: Settings, library: str, data: SearchRequest) -> Question:
+async def ask(reader: database.Source, settings: Settings, library: str, data: SearchRequest) -> Question:
     """Decide the mode, and find or make the vector."""
     condition = data.filter
     vector = limits.vector(data.vector, "vector") if data.vector is not None else None
     maker: Jsonb | None = None
     state: int | None = None
     if data.like is not None:
-        vector, condition, maker, state = await _like(engine, settings, library, data.like, condition)
+        vector, condition, maker, state = await _like(reader, settings, library, data.like, condition)
     parameter = filters.parameter(condition, settings)
     mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
     if mode == "text":
         return Question(mode, None, data.query, parameter, state=state)
     if vector is None:
-        embedder, state = (await database.run(engine, EMBEDDER, kept(settings, library), library))[0]
+        embedder, state = (await database.run(reader, EMBEDDER, kept(settings, library), library))[0]
         if data.mode is None and embedder["provider"] == "none":
             return Question("text", None, data.query, parameter, state=state)
-        vector = (await embed(engine, settings, embedder, [data.query or ""], "query", ["query"]))[0]
+        vector = (await embed(database.primary(reader), settings, embedder, [data.query or ""], "query", ["query"]))[0]
         maker = Jsonb(embedder)
     return Question(mode, vector, data.query, parameter, maker, state)
 
@@ -381,11 +381,11 @@ def kept(settings: Settings, library: str) -> str | None:
 
 
 async def _like(
-    engine: AsyncEngine, settings: Settings, library: str, like: Like, condition: dict[str, Any] | None
+    reader: database.Source, settings: Settings, library: str, like: Like, condition: dict[str, Any] | None
 ) -> tuple[Vector, dict[str, Any], Jsonb, int | None]:
     """The vector of a chunk or a document, the filter that keeps it from being its own best hit, who made it, and the
     state of the library."""
-    rows = await database.run(engine, LIKE, kept(settings, library), library, like.chunk, like.document)
+    rows = await database.run(reader, LIKE, kept(settings, library), library, like.chunk, like.document)
     vector, document, ordinal, embedder, state = rows[0]
     itself: dict[str, Any] = {"$id": str(document)}
     if ordinal is not None:

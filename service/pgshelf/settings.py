@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -40,6 +41,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     postgres_version: Annotated[int, Meta(ge=16, le=18)] = 18
     auto_migrate: bool | None = None
     vector_schema: Annotated[str, Meta(min_length=1, max_length=63)] = "public"
+
+    replica_url: Annotated[str, Meta(min_length=1)] | None = None
+    replica_wait: Annotated[float, Meta(ge=0)] = 0.5
+    replica_max_lag: Annotated[float, Meta(gt=0)] = 10.0
+    replica_interval: Annotated[float, Meta(gt=0, le=60)] = 1.0
+    replica_timeout: Annotated[float, Meta(gt=0, le=60)] = 2.0
+    consistency_tokens: bool = False
 
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 8432
@@ -180,6 +188,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("jwt_jwks_url must be https: whoever sits in between could give out keys of its own")
 
     @property
+    def tokens(self) -> bool:
+        """Whether writes answer with how far they are."""
+        return self.replica_url is not None or self.consistency_tokens
+
+    @property
     def jwt(self) -> bool:
         """Whether tokens of an issuer are accepted."""
         return self.jwt_issuer is not None
@@ -231,6 +244,8 @@ def _decode(kind: type, value: object) -> object:
 def _shown(name: str, value: object) -> str:
     if name.endswith("api_key") and value:
         return "***"
+    if name == "replica_url" and value:
+        return ",".join(masked(url) for url in connection_strings(str(value)))
     if (name in ("database_url", "backup_url") and value) or (
         name in {*BASE_URLS, "jwt_jwks_url"} and "@" in str(value)
     ):
@@ -252,6 +267,11 @@ def networks(text: str) -> list[Network]:
         return [ipaddress.ip_network(entry, strict=False) for entry in listed(text)]
     except ValueError as error:
         raise ValueError(f"{error}; list addresses, or networks such as 10.0.0.0/8") from None
+
+
+def connection_strings(text: str) -> list[str]:
+    """The connection strings of a list; commas inside of one name several hosts."""
+    return [part.strip() for part in re.split(r",(?=\s*postgres(?:ql)?(?:\+psycopg)?://)", text)]
 
 
 def is_loopback(host: str) -> bool:

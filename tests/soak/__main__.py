@@ -1,5 +1,5 @@
-"""`make soak`: kills -9 of all kinds, outages of a provider, a change feed and a query cache under writers, repeated
-requests, probes, slow clients, hostile texts.
+"""`make soak`: kills -9 of all kinds, failovers, outages of a provider, a change feed and a query cache under writers,
+repeated requests, probes, slow clients, hostile texts.
 
 All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --probes 0"`.
 """
@@ -23,7 +23,7 @@ from pgshelf.app import create_app
 from pgshelf.settings import Settings
 from tests.conftest import _lifespan
 from tests.rest.asking import bearer, key, ok
-from tests.soak import ingestion, injection, outage, slow_clients
+from tests.soak import ingestion, injection, outage, replicas, slow_clients
 from tests.soak.borders import crossed
 from tests.soak.cached import PROCESSES, consistency
 from tests.soak.crash import KINDS, Ingestion, service
@@ -182,6 +182,22 @@ async def inject(share: float, seed: int, version: int) -> None:
     print(f"nothing happened\n{corpus.figures()}\n{(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
 
 
+def replicated(options: argparse.Namespace) -> None:
+    """A service over a primary and two standbys."""
+    seed, version = options.seed, options.version
+    if options.read_your_writes:
+        print(f"seed {seed}: {options.read_your_writes} writes and reads on standbys that are late", flush=True)
+        print(asyncio.run(replicas.read_your_writes(options.read_your_writes, seed, version)), flush=True)
+    for synchronous in (True, False):
+        times = options.failovers // 2 + (options.failovers % 2 if synchronous else 0)
+        if times:
+            print(f"seed {seed}: {times} failovers, synchronous: {synchronous}", flush=True)
+            print(asyncio.run(replicas.failovers(times, seed, version, synchronous)), flush=True)
+    if options.standby_churn:
+        print(f"seed {seed}: {options.standby_churn} searches of standbys under churn", flush=True)
+        print(asyncio.run(replicas.churn(options.standby_churn, seed, version)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="during ingestion")
@@ -205,6 +221,9 @@ def main() -> None:
     parser.add_argument(
         "--injection", type=float, nargs="?", const=1, default=1, help="share of the hostile texts that each place gets"
     )
+    parser.add_argument("--read-your-writes", type=int, default=20_000, help="pairs on standbys that are late")
+    parser.add_argument("--failovers", type=int, default=20, help="kills of the primary, half of them synchronous")
+    parser.add_argument("--standby-churn", type=int, default=500_000, help="searches of standbys under vacuum")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
@@ -232,6 +251,7 @@ def main() -> None:
         asyncio.run(crowded(options.slow_clients, options.version))
     if options.injection:
         asyncio.run(inject(options.injection, options.seed, options.version))
+    replicated(options)
 
 
 if __name__ == "__main__":
