@@ -8,6 +8,8 @@ COVERAGE ?= $(if $(ARGS),0,97)
 
 # How long make soak sends what schemathesis makes up.
 MINUTES ?= 30
+# How many filters make soak makes up for each way to search.
+FILTERS ?= 5000
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -50,6 +52,8 @@ bench: .venv/dev.stamp ## run every file in benchmarks/ and print its figures
 soak: .venv/dev.stamp ## kills -9 while clients write, a library moves, a provider fails; outages; slow clients; hostile texts; MINUTES=30 of schemathesis; seeds are printed
 	@echo "== kills -9 while clients write, while a library moves and while a provider fails; outages of a provider"
 	@$(PY) -m tests.soak $(ARGS)
+	@echo "== $(FILTERS) generated filters, each searched every way"
+	@$(PY) -m pytest -n 0 -s tests/test_filters.py --filters $(FILTERS)
 	@echo "== schemathesis against /schema, $(MINUTES) minutes"
 	@$(PY) -m pytest -n 0 -s tests/test_schemathesis.py --soak-minutes $(MINUTES)
 

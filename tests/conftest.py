@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     schema = os.environ.get("PGSHELF_TEST_VECTOR_SCHEMA", "public")
     group.addoption("--vector-schema", default=schema, help="where pgvector is installed: public, extensions ...")
     group.addoption("--soak-minutes", type=float, default=0, help="how long schemathesis runs; 0: seconds")
-    group.addoption("--filters", type=int, default=300, help="how many filters are generated for each way to run them")
+    group.addoption("--filters", type=int, default=100, help="how many filters are generated for each way to run them")
     group.addoption("--filters-seed", type=int, default=None, help="repeats the generated filters of a run")
 
 
