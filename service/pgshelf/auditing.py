@@ -52,6 +52,7 @@ select count(pgshelf.audit(x.action, 'refused', x.kind, x.principal, x.principal
 from jsonb_to_recordset(%s) x(action text, kind text, principal text, principal_id uuid, library text, request_id text, count bigint, detail text)
 """  # noqa: E501 - one line for each part
 PAUSE = 5.0  # seconds for which refused attempts are put together
+LONGEST = 600  # characters of a name; those that may exist are shorter
 MOST = 20  # different ones of that time that get a row of their own
 
 
@@ -67,6 +68,17 @@ class Entry(msgspec.Struct):
     request_id: str | None = None
     count: int = 1
     detail: str | None = None
+
+    def __post_init__(self) -> None:
+        """Whatever a client calls things, a row can hold it."""
+        self.principal = _storable(self.principal)
+        self.library, self.document, self.detail = (
+            None if text is None else _storable(text) for text in (self.library, self.document, self.detail)
+        )
+
+
+def _storable(text: str) -> str:
+    return text[:LONGEST].replace("\x00", "\ufffd").encode(errors="replace").decode()
 
 
 async def add(connection: AsyncConnection, entry: Entry) -> None:
