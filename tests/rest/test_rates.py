@@ -15,11 +15,14 @@ import pytest
 
 from pgshelf import database, rates
 from pgshelf.access import RULES
+from pgshelf.database import make_engine
 from pgshelf.rates import PRESETS, Quota, Rates, quota, quotas
 from pgshelf.settings import Settings
+from pgshelf.worker import tidy
 from pgshelf_client import Client, RateLimited
 from tests.conftest import MakeClient, MakeLiveServer, MakeSettings
 from tests.rest.asking import at, bearer, document, key, library, ok, problem
+from tests.roles import logins
 
 SHELF = at("libraries", "shelf")
 SEARCH = f"{SHELF}/search"
@@ -152,6 +155,20 @@ async def test_what_cannot_be_counted_is_let_in(
             ok(answer)
         assert told(answer)["ratelimit-remaining"] == "1"
         db.execute("alter table pgshelf.away rename to rate_shares")
+
+
+async def test_a_service_that_is_not_the_owner_counts(
+    database_url: str, vector_schema: str, make_settings: MakeSettings, make_client: MakeClient
+) -> None:
+    with logins(database_url, vector_schema) as login:
+        service = login("pgshelf_service")
+        client = await make_client(make_settings(service, rate_limit_search="1/h", worker_enabled=False))
+        await library(client)
+        ok(await client.get(SHELF))
+        problem(await client.get(SHELF), 429, "rate_limited")
+        engine = make_engine(make_settings(service), service)
+        assert await tidy(engine, make_settings(service)) == 0  # it may forget shares, too
+        await engine.dispose()
 
 
 async def test_few_requests_ask_postgresql(
