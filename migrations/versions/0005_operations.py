@@ -92,6 +92,7 @@ create unlogged table pgshelf.rate_shares (
 ) with (fillfactor = 50);
 comment on table pgshelf.rate_shares is 'What callers have used of their shares of requests, by class.';
 comment on column pgshelf.rate_shares.whole_at is 'When all of the share is there again.';
+alter table pgshelf.rate_shares enable row level security; -- the owner's alone
 """
 
 # Writers wait from here on, and then meet stubs: whatever commits later leaves a mark.

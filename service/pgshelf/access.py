@@ -194,7 +194,7 @@ class Guard:
         self._hosts = allowed_hosts(settings)
         # settled for this process: open or closed; None is open until there is the first key
         self._closed = requires_keys(settings)
-        self._open_until = 0.0
+        self._open_until, self._looking = 0.0, asyncio.Lock()
         self._used: set[UUID] = set()
         self._noting: asyncio.Task[None] | None = None
         self._refusals = auditing.Refusals(engine) if settings.audit else None
@@ -362,11 +362,16 @@ class Guard:
 
     async def _is_closed(self, *, sent: bool) -> bool:
         """Whether callers must say who they are. Where nothing was set, they must once there has been a key."""
-        if self._closed is None and (sent or time.monotonic() > self._open_until):
-            [(any_key,)] = await self._beside.ask("select exists (select from pgshelf.keys)")
-            self._closed = True if any_key else None
-            self._open_until = time.monotonic() + 1
+        if self._in_doubt(sent=sent):
+            async with self._looking:  # the answer to the first of a crowd is that to all
+                if self._in_doubt(sent=sent):
+                    [(any_key,)] = await self._beside.ask("select exists (select from pgshelf.keys)")
+                    self._closed = True if any_key else None
+                    self._open_until = time.monotonic() + 1
         return bool(self._closed)
+
+    def _in_doubt(self, *, sent: bool) -> bool:
+        return self._closed is None and (sent or time.monotonic() > self._open_until)
 
     def _note(self, key: UUID) -> None:
         """Record that a key was used, in nobody's way; should it fail, the next use records it.

@@ -86,7 +86,10 @@ class World:
 Cause = Callable[[World], Awaitable[httpx2.Response]]
 CAUSES: dict[str, Cause] = {}
 # What takes a machine of its own is caused by a test of its own, which names the code.
-ELSEWHERE = {"storage_full": ("tests/test_disk_full.py", "test_disk_full_in_the_middle_of_an_import")}
+ELSEWHERE = {
+    "storage_full": ("tests/test_disk_full.py", "test_disk_full_in_the_middle_of_an_import"),
+    "backup_running": ("tests/replication/test_backups.py", "test_over_rest"),
+}
 
 
 def causes(code: str) -> Callable[[Cause], Cause]:
@@ -128,6 +131,7 @@ sends("wrong_dimension", "POST", SEARCH, {"vector": [1, 0]})
 sends("zero_vector", "POST", SEARCH, {"vector": [0, 0, 0]})
 sends("invalid_vector", "POST", SEARCH, {"vector": [1e39, 0, 0]})
 sends("embedding_required", "POST", DOCUMENTS, {"text": "x"})
+sends("backups_not_configured", "POST", "/v1/replication/backups", {})
 sends("no_embedder", "POST", SEARCH, {"query": "x", "mode": "vector"})
 CHOICE = {"provider": "openai", "model": "m"}
 sends("embedder_not_configured", "POST", "/v1/libraries", {"name": "openai", "embedder": CHOICE})
@@ -521,7 +525,7 @@ async def test_every_problem_is_explained() -> None:
     # the page and what the Python client does are the same: it sends again what may succeed then
     told = {code for code, _, again in found if again == "yes"}
     passing = {code for code, (status, _) in CODES.items() if status in PASSING_STATUSES | set(RETRY_AFTER)}
-    assert told == passing | NOTHING_DONE | {"import_running"}
+    assert told == passing | NOTHING_DONE | {"import_running", "backup_running"}
 
 
 async def test_a_serialization_failure_is_tried_again(world: World) -> None:

@@ -157,7 +157,7 @@ async def crowded(clients: int, version: int) -> None:
             print(f"  {name}: {figure}")
         after = held(target.workers())
         print(f"  files and MiB of the processes, before and after: {before}, {after}", flush=True)
-        assert told["longest"] < 3.0, "others had to wait"
+        assert told["longest"] < 5.0, "others had to wait"
         assert all(files < 100 for files, _ in after), "connections are left over"
 
 
