@@ -11,6 +11,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 
+from pgshelf import search, searching
 from pgshelf.app import create_app
 from pgshelf.settings import Settings
 from tests.cohere_server import CohereServer
@@ -270,6 +271,45 @@ async def test_several_searches_and_several_libraries(api: Api, sql: Connection)
     assert not answer["cached"] and "new" in [hit["text"] for hit in answer["hits"]]
     past = [ok(await api.post("/v1/search", json={**several, "offset": 50})) for _ in range(2)]
     assert [(answer["hits"], answer["cached"]) for answer in past] == [([], False), ([], True)]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_changes_between_the_statements_of_a_search_is_not_kept(
+    api: Api, sql: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vector of a `like` and the ids of several libraries are read before the search itself, and may be older."""
+    here, there = await place(api, sql), await place(api, sql)
+
+    def meanwhile(module: Any, name: str, *changes: tuple[Place, str]) -> None:
+        original, left = getattr(module, name), list(changes)
+
+        async def after(*arguments: Any) -> Any:
+            found = await original(*arguments)
+            while left:
+                changed, statement = left.pop(0)
+                changed.run(statement)
+            return found
+
+        monkeypatch.setattr(module, name, after)
+
+    nearer = """update pgshelf.chunks set embedding = '[0,0,1]' where document_id =
+      (select d.id from pgshelf.documents d where d.library_id = {id} and d.key = 'd1')"""
+    meanwhile(searching, "_like", (here, nearer))
+    here.request = {"like": {"document": "d1"}}
+    first, second = await here.search(), await here.search()
+    assert second["cached"] is False
+    assert second["hits"] == (await here.search("no-cache"))["hits"]
+    assert [hit["distance"] for hit in first["hits"]] != [hit["distance"] for hit in second["hits"]]
+
+    rename = "update pgshelf.libraries set name = {name} || %s where id = {id}"
+    swapped = f"update pgshelf.libraries set name = '{here.name}' where id = {{id}}"
+    meanwhile(search, "ask", (here, rename.replace("%s", "'-was'")), (there, swapped))
+    several = {"libraries": [here.name], "vector": [1, 1, 1]}
+    answers = [ok(await api.post("/v1/search", json=several)) for _ in range(3)]
+    assert [answer["cached"] for answer in answers] == [False, False, True]
+    assert {hit["document_id"] for hit in answers[0]["hits"]}.isdisjoint(
+        hit["document_id"] for hit in answers[1]["hits"]
+    )
 
 
 @pytest.mark.asyncio(loop_scope="module")
