@@ -86,7 +86,13 @@ class World:
 Cause = Callable[[World], Awaitable[httpx2.Response]]
 CAUSES: dict[str, Cause] = {}
 # What takes a machine of its own is caused by a test of its own, which names the code.
-ELSEWHERE = {"storage_full": ("tests/test_disk_full.py", "test_disk_full_in_the_middle_of_an_import")}
+ELSEWHERE = {
+    "storage_full": ("tests/test_disk_full.py", "test_disk_full_in_the_middle_of_an_import"),
+    "write_outcome_unknown": (
+        "tests/replication/test_failover.py",
+        "test_a_connection_that_is_lost_in_a_commit_leaves_the_outcome_unknown",
+    ),
+}
 
 
 def causes(code: str) -> Callable[[Cause], Cause]:
