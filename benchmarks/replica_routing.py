@@ -74,6 +74,7 @@ def serving(port: int, **settings: str) -> Iterator[str]:
         "WORKERS": "1",
         "WORKER_ENABLED": "false",
         "EMBEDDER": "none",
+        "CACHE_BYTES": "0",
         "PORT": str(port),
         **settings,
     }

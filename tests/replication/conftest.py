@@ -46,7 +46,7 @@ async def serve(cluster: Cluster, make_settings: MakeSettings, make_client: Make
 
     async def make(**settings: Any) -> httpx2.AsyncClient:
         known = {"replica_url": cluster.replica_url, "replica_interval": 0.1, "replica_timeout": 0.5}
-        known |= {"worker_enabled": False, "embedder": "none", **settings}
+        known |= {"worker_enabled": False, "embedder": "none", "cache_bytes": 0, **settings}
         return await make_client(make_settings(cluster.url, **known))
 
     yield make

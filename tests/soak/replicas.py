@@ -46,7 +46,7 @@ def served(version: int, names: str = "", **settings: str) -> Iterator[tuple[Clu
             node.settings["synchronous_standby_names"] = names
         if names:
             cluster.primary.set(synchronous_standby_names=names)
-        known = {"REPLICA_URL": cluster.replica_url, "EMBEDDER": "none", "WORKERS": "2", **settings}
+        known = {"REPLICA_URL": cluster.replica_url, "EMBEDDER": "none", "WORKERS": "2", "CACHE_BYTES": "0", **settings}
         make = stack.enter_context(_live_servers(folder))
         yield cluster, make(cluster.url, **{f"PGSHELF_{name}": value for name, value in known.items()}).url
 
