@@ -42,7 +42,6 @@ OPERATIONS = {
     "rotateKey": "key.rotate",
     "revokeKey": "key.revoke",
     "createToken": "token.create",
-    "startBackup": "backup.start",
 }
 # Besides: what SQL writes itself, and what was refused of operations that change nothing.
 ACTIONS = {*OPERATIONS.values(), "grant.create", "grant.revoke", "access"}
