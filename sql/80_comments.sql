@@ -76,5 +76,5 @@ comment on column pgshelf.replication_status.last_message_at is 'A replica''s la
 comment on column pgshelf.replication_status.retained_bytes is 'WAL that its slot keeps on this server.';
 comment on column pgshelf.replication_status.conflicts is 'Of a standby: queries in this database that replay cancelled, by what they met.';
 comment on column pgshelf.replication_status.visible is 'False where PostgreSQL hides the positions from this role, which lacks pg_monitor.';
-comment on function pgshelf.beats() is 'When the primary noted its place in the WAL, for replication_status.';
+comment on function pgshelf.beats is 'The heartbeats that replication_status computes with: times, and places in the WAL as numbers of bytes.';
 comment on function pgshelf.replication is 'What replication_status shows, with limits of your own for health; 0: none.';

@@ -44,6 +44,7 @@ async def test_a_service_needs_no_more_than_its_role(
         await manage_keys(client)
         assert (await client.get("/metrics")).status_code == 200
         assert (await client.get("/ready")).json()["status"] == "ready"
+        assert "grant pg_monitor to" in ok(await client.get("/v1/replication"))["hidden"]
     finally:
         with psycopg.connect(database_url, autocommit=True) as admin:
             admin.execute(f"reassign owned by {owner} to current_user")

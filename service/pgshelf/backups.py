@@ -155,6 +155,11 @@ class Backups:
             raise
         return begun, lock
 
+    def abandon(self, backup: Backup, lock: int) -> None:
+        """Take back a claim of which nothing came."""
+        shutil.rmtree(self.directory / backup.id, ignore_errors=True)
+        os.close(lock)
+
     def write(self, backup: Backup) -> None:
         """Put down the state of a backup, whole or not at all."""
         file = self.directory / backup.id / STATE

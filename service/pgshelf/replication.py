@@ -133,13 +133,23 @@ async def start_backup(data: JSONBody[StartBackup], once: Write, settings: Confi
     There is one at a time; `PGSHELF_BACKUP_KEEP` says how many are kept.
     """
     store = _store(settings)
+    claimed: list[tuple[Backup, int]] = []
 
-    async def begin(_: AsyncConnection) -> Answer[Backup]:
-        backup = await asyncio.to_thread(_begin, store, settings, data.label)
-        once.note(detail=backup.id)
-        return Answer(backup, status_code=202)
+    async def claim(_: AsyncConnection) -> Answer[Backup]:
+        if not claimed:  # a transaction may be tried again
+            claimed.append(await asyncio.to_thread(_claim, store, data.label))
+        once.note(detail=claimed[0][0].id)
+        return Answer(claimed[0][0], status_code=202)
 
-    return await once.run(begin)
+    try:
+        answer = await once.run(claim)
+    except BaseException:
+        for backup, lock in claimed:
+            store.abandon(backup, lock)
+        raise
+    for backup, lock in claimed:  # none where the answer was stored
+        hand_over(store, settings, backup, lock)
+    return answer
 
 
 @get(
@@ -161,13 +171,16 @@ def _store(settings: Settings) -> Backups:
     return Backups(settings.backup_directory)
 
 
-def _begin(store: Backups, settings: Settings, label: str | None) -> Backup:
+def _claim(store: Backups, label: str | None) -> tuple[Backup, int]:
     try:
-        backup, lock = store.claim(label)
+        return store.claim(label)
     except BackupRunning:
-        raise Problem(
-            "backup_running", "Another backup is being taken. Wait until it is done; the list tells."
-        ) from None
+        detail = "Another backup is being taken. Wait until it is done; the list tells."
+        raise Problem("backup_running", detail) from None
+
+
+def hand_over(store: Backups, settings: Settings, backup: Backup, lock: int) -> None:
+    """Let a process of its own take the backup; the lock goes with it."""
     job = Job(
         directory=str(store.directory),
         backup=backup,
@@ -177,19 +190,13 @@ def _begin(store: Backups, settings: Settings, label: str | None) -> Backup:
         keep=settings.backup_keep,
         archive=None if settings.wal_archive is None else str(settings.wal_archive),
     )
-    hand_over(job)
-    return backup
-
-
-def hand_over(job: Job) -> None:
-    """Give a job to a process of its own; the lock goes with it."""
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "pgshelf.cli", "backup", "--job"],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[job.lock], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[lock], start_new_session=True,
         )  # fmt: skip
     finally:
-        os.close(job.lock)
+        os.close(lock)
     told = msgspec.json.encode(job)
     threading.Thread(target=process.communicate, args=(told,), daemon=True, name="pgshelf backup").start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ import pytest_asyncio
 
 from pgshelf import credentials
 from pgshelf.app import create_app
+from pgshelf.backups import Backups
 from pgshelf.errors import CODES, RETRY_AFTER
 from pgshelf.settings import Settings
 from pgshelf_client._retry import NOTHING_DONE, PASSING_STATUSES
@@ -41,7 +43,7 @@ class World:
     """A service with a library `shelf`, and what it takes to make others on the same database that fail."""
 
     def __init__(self, url: str, databases: Databases, vector_schema: str, folder: Path, cohere: CohereServer) -> None:
-        self.url, self.databases, self.cohere = url, databases, cohere
+        self.url, self.databases, self.cohere, self.folder = url, databases, cohere, folder
         self._known: dict[str, Any] = {"data_dir": folder, "vector_schema": vector_schema, "worker_enabled": False}
         self._stack = contextlib.AsyncExitStack()
         self.client: httpx2.AsyncClient
@@ -304,6 +306,20 @@ async def like_what_waits(w: World) -> httpx2.Response:
 async def other_metric(w: World) -> httpx2.Response:
     other = (await library(w.client, next(w.names), metric="l2"))["name"]
     return await w.client.post("/v1/search", json={"libraries": ["shelf", other], "vector": [1, 0, 0]})
+
+
+sends("backups_not_configured", "POST", at("replication", "backups"), {})
+
+
+@causes("backup_running")
+async def two_backups(w: World) -> httpx2.Response:
+    _, lock = Backups(w.folder / "backups").claim("on the command line")
+    try:
+        return await (await w.service(backup_directory=w.folder / "backups")).post(
+            at("replication", "backups"), json={}
+        )
+    finally:
+        os.close(lock)
 
 
 @causes("index_impossible")
