@@ -47,7 +47,7 @@ check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 	@$(PY) sdk/generate.py --check
 
 bench: .venv/dev.stamp ## run every file in benchmarks/ and print its figures
-	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS); done
+	@set -e; for file in $(filter-out %/locustfile.py,$(wildcard benchmarks/[!_]*.py)); do echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py) $(ARGS); done
 
 soak: .venv/dev.stamp ## kills -9 while clients write, a library moves, a provider fails; outages; slow clients; hostile texts; MINUTES=30 of schemathesis; seeds are printed
 	@echo "== kills -9 while clients write, while a library moves and while a provider fails; outages of a provider"

@@ -86,11 +86,11 @@ def fill(url: str, chunks: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(url: str, port: int, auth: str, audit: str = "true") -> Iterator[str]:
-    """A service of one process that asks for keys, or does not."""
+def serving(url: str, port: int, auth: str, audit: str = "true", **more: str) -> Iterator[str]:
+    """A service of one process, if `more` says nothing else, that asks for keys, or does not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
     environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_AUTH": auth, "PGSHELF_WORKERS": "1"}
-    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port), "PGSHELF_AUDIT": audit}
+    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port), "PGSHELF_AUDIT": audit, **more}
     command = [sys.executable, "-m", "pgshelf.cli", "serve"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -126,7 +126,8 @@ end $$;
 -- The chunks nearest to $1 that fulfil the filter: CTEs, the last one `near` (id, document_id, ordinal, distance), at most $3 rows.
 -- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
--- at after all: no row is ever lost, whatever the filter's values are when the statement runs.
+-- at after all: no row is ever lost, whatever the filter's values are when the statement runs. pgshelf.strategy says which way it was, until
+-- the end of the transaction: asking costs a microsecond, and no plan need be read.
 create or replace function pgshelf.vector_candidates(
   p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
@@ -148,11 +149,13 @@ begin
     v_share := pgshelf.matching_share(p_library, p_condition, p_filter, pgshelf.few(v_chunks, p_reach) / v_chunks);
   end if;
   if v_exactly or v_share * v_chunks <= pgshelf.few(v_chunks, p_reach) then
+    perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
     return format('near as materialized (%s order by distance, c.id limit $3)', v_exact);
   end if;
   v_reach := pgshelf.index_reach(v_index, v_share, v_chunks);
   return format($sql$nearest as materialized (%1$s),
-    enough as materialized (select count(*) >= %2$s as yes from nearest),
+    enough as materialized (select x.yes from (select count(*) >= %2$s as yes from nearest) x
+      where set_config('pgshelf.strategy', case when x.yes then 'index' else 'index then exact' end, true) is not null),
     exact as materialized (%3$s and not (select e.yes from enough e) order by distance, c.id limit $3),
     near as (select x.id, x.document_id, x.ordinal, x.distance from (
       select * from exact union all select * from nearest where (select e.yes from enough e)) x

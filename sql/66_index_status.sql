@@ -95,3 +95,35 @@ begin
   recall := v_recall / nullif(sampled, 0);
   found_self := v_self::float8 / nullif(sampled, 0);
 end $$;
+
+-- A probe of an index that costs little: p_samples vectors of the library, from a random id on, look for themselves (or a copy) with the
+-- index; as many of them as fit into p_rows rows looked at are compared with exact searches. recall, of the first 10, is null where none was.
+create or replace function pgshelf.probe_index(p_library uuid, p_samples int, p_rows bigint,
+  out sampled int, out found_self int, out compared int, out recall float8)
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set jit = off
+as $$
+declare
+  v_library pgshelf.libraries := pgshelf.library_named(p_library::text);
+  v_exact int := p_rows / greatest(pgshelf.shelf_rows(v_library.shelf), 1);
+  v_sample record;
+  v_found float8[];
+  v_true float8[];
+begin
+  sampled := 0;
+  found_self := 0;
+  compared := 0;
+  for v_sample in execute format('select c.embedding as vector, c.embedding %s c.embedding as distance from pgshelf.chunks_s%s c
+      where c.id >= $1 and c.library_id = $2 and c.embedding is not null order by c.id limit $3',
+      pgshelf.distance_operator(v_library.metric), v_library.shelf) using gen_random_uuid(), v_library.id, p_samples loop
+    select array_agg(s.distance order by s.distance) into v_found from pgshelf.search(v_library.id::text, v_sample.vector, include => '{}') s;
+    sampled := sampled + 1;
+    found_self := found_self + coalesce(v_found[1] <= v_sample.distance, false)::int;
+    if compared < v_exact then
+      select array_agg(s.distance order by s.distance) into v_true
+        from pgshelf.search(v_library.id::text, v_sample.vector, include => '{}', exact => true) s;
+      recall := coalesce(recall, 0) + (select count(*) from unnest(v_found) d where d <= v_true[cardinality(v_true)])::float8 / cardinality(v_true);
+      compared := compared + 1;
+    end if;
+  end loop;
+  recall := recall / nullif(compared, 0);
+end $$;

@@ -62,7 +62,10 @@ begin
     'search_state', 'forget_answers',
     -- keys, limits of callers, the audit log
     'create_key', 'key_named', 'revoke_key', 'rotate_key', 'issue_token', 'key_used', 'take_requests', 'audit',
+    -- /metrics
+    'library_metrics', 'builds_running',
     -- what the worker inside the service does
+    'probe_index',
     'claim_pending', 'lease_again', 'store_embeddings', 'fail_embeddings', 'cached_embeddings', 'cache_embeddings', 'evict_embeddings',
     'fill_attributes', 'reap_deleted', 'stamp_all_changes', 'prune_changes', 'forget_imports', 'prune_idempotency_keys', 'prune_audit',
     'forget_rate_shares', 'join_marks', 'beat'] loop

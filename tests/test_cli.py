@@ -166,6 +166,12 @@ BROKEN = {
         "insert into pgshelf.grants (role, access) values ('who was', 'read')", "warn",
         "select pgshelf.revoke_library('who was', '*')",
     ),
+    "a server that does not count": (
+        "alter database this set track_counts = off", "fail", "none gets an index by itself"
+    ),
+    "a database that takes no writes": (
+        "alter database this set default_transaction_read_only = on", "fail", "nothing can be written"
+    ),
     "chunks that were given up": (
         """insert into pgshelf.libraries (name, dimension, embedder, chunking)
            values ('n', 4, '{"provider": "local", "dimension": 4}', '{}');
@@ -204,7 +210,7 @@ def test_doctor_knows_the_roles(run: Run, database_url: str, vector_schema: str)
 def test_doctor_names_what_is_wrong(run: Run, database_url: str, name: str) -> None:
     statements, level, said = BROKEN[name]
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(statements.encode())
+        connection.execute(statements.replace("database this", f"database {connection.info.dbname}").encode())
     result = run("doctor", url=database_url)
     assert said in "\n".join(lines(result, level)), result.output
     assert result.exit_code == (1 if level == "fail" else 0)

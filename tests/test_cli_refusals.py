@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 
+from pgshelf import cli
 from pgshelf.cli import main
 
 
@@ -35,6 +36,13 @@ def test_an_option_out_of_range_is_named() -> None:
     result = run("serve", "--port", "99999")
     assert result.exit_code == 1
     assert "port: Expected `int` <= 65535" in result.output
+
+
+def test_traces_without_their_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_has", lambda module: module != "opentelemetry")
+    result = run("serve", PGSHELF_TRACING="true", PGSHELF_DATABASE_URL="postgresql://127.0.0.1:1/nothing")
+    assert result.exit_code == 1
+    assert "pip install 'pgshelf[otel]'" in result.output
 
 
 def test_a_search_without_a_server_asks_whether_there_is_one() -> None:

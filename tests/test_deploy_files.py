@@ -33,7 +33,7 @@ def services() -> dict[str, Any]:
 
 
 def test_compose_is_a_database_with_pgvector_a_migration_and_the_service(services):
-    assert set(services) == {"db", "migrate", "service"}
+    assert {name for name, service in services.items() if "profiles" not in service} == {"db", "migrate", "service"}
     assert services["db"]["image"] == "pgvector/pgvector:pg18"
     assert services["migrate"]["command"] == ["pgshelf", "migrate"]
     assert services["migrate"]["restart"] == "no"
@@ -66,9 +66,48 @@ def test_compose_has_no_default_password(services):
 def test_compose_publishes_the_service_on_this_machine_only(services):
     """That is also what lets it serve without authentication."""
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert published.pop("grafana") == ["127.0.0.1:${GRAFANA_PORT:-3000}:3000"]
     assert published == {"service": ["127.0.0.1:${PGSHELF_PORT:-8432}:8432"]}
     assert services["service"]["environment"]["PGSHELF_ALLOW_UNAUTHENTICATED"] == "true"
     assert "ALLOW_UNAUTHENTICATED=true" not in (ROOT / ".env.example").read_text()
+
+
+def test_monitoring_is_a_profile_over_the_files_of_the_documentation(services):
+    monitoring = {name: service for name, service in services.items() if service.get("profiles") == ["monitoring"]}
+    assert set(monitoring) == {"prometheus", "grafana"}
+    configs = {
+        name: yaml.safe_load(config["content"]) for name, config in load("docker-compose.yml")["configs"].items()
+    }
+    given = {config["source"] for service in monitoring.values() for config in service["configs"]}
+    assert given == set(configs)
+    files = [volume.split(":") for service in monitoring.values() for volume in service["volumes"]]
+    bound = {source: target for source, target, *_ in files if source.startswith("./")}
+    assert set(bound) == {"./docs/operations/alerts.yml", "./docs/operations/dashboard.json"}
+    assert all((ROOT / source).is_file() for source in bound)
+    named = {source for source, *_ in files} - set(bound)
+    assert named <= set(load("docker-compose.yml")["volumes"])
+    prometheus = configs["prometheus"]
+    assert prometheus["rule_files"] == [bound["./docs/operations/alerts.yml"]]
+    [job] = prometheus["scrape_configs"]
+    assert (job["job_name"], job["static_configs"]) == ("pgshelf", [{"targets": ["service:8432"]}])
+    assert "service" in services["service"]["environment"]["PGSHELF_ALLOWED_HOSTS"].split(",")
+    [provider] = configs["grafana_dashboards"]["providers"]
+    assert bound["./docs/operations/dashboard.json"].startswith(provider["options"]["path"])
+    [source] = configs["grafana_datasource"]["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+
+
+def test_tls_is_laid_over_the_compose_file(services):
+    over = load("docker-compose.tls.yml")["services"]
+    assert set(over) == {"db", "migrate", "service"}
+    switches = dict(each.split("=") for each in over["db"]["command"] if "=" in each)
+    assert (switches["ssl"], switches["ssl_cert_file"]) == ("on", "/certificates/server.crt")
+    for name in ("migrate", "service"):
+        url = over[name]["environment"]["PGSHELF_DATABASE_URL"]
+        plain, _, query = url.partition("?")
+        assert plain == services[name]["environment"]["PGSHELF_DATABASE_URL"]
+        assert query == "sslmode=verify-full&sslrootcert=/certificates/ca.crt"
+        assert over[name]["volumes"] == ["./certificates/ca.crt:/certificates/ca.crt:ro"]
 
 
 @pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.ha.yml", ".env.example", "Dockerfile"])

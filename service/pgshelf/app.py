@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psycopg
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
@@ -46,6 +48,7 @@ from pgshelf import (
     replication,
     retry,
     search,
+    tracing,
     worker,
 )
 from pgshelf.embedders import embedder_for
@@ -83,8 +86,10 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         raise ValueError(
             "create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none"
         )
-    engine = database.make_engine(settings, settings.database_url)
-    metrics.observe_pool(engine)
+    traces = tracing.Traces() if settings.tracing else None
+    cursor = traces.cursor() if traces else psycopg.AsyncCursor
+    engine = database.make_engine(settings, settings.database_url, cursor=cursor)
+    metrics.observe_pool(engine, settings.pool_size)
     readers = changes.Readers(engine, settings)
     servers = replicas.targets(settings)
     topology = replicas.Topology(settings, engine, settings.database_url, servers) if servers else None
@@ -104,6 +109,12 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await answers.close()
         await providers.close()
         await engine.dispose()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)  # it waits for the collector
+
+    # what could be had at once, Litestar makes a task each for; asking for the engine puts it behind that
+    def behind(engine: http.Engine) -> Settings:
+        return settings
 
     handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
     handlers += [events.router, changes.router, retry.router]
@@ -113,7 +124,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
-            "settings": Provide(lambda: settings, sync_to_thread=False),
+            "settings": Provide(behind, sync_to_thread=False),
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: readers, sync_to_thread=False),
             "cache": Provide(lambda: answers, sync_to_thread=False),
@@ -145,7 +156,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
             use_handler_docstrings=True,
         ),
     )
-    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings))
+    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings), traces)
     return app
 
 
@@ -156,7 +167,7 @@ def _observer(settings: Settings) -> Callable[[http.Served], None]:
         worked = served.stages["total"] - served.stages.get("wait", 0) - served.stages.get("receive", 0)
         slow = worked >= settings.slow_request * 1000
         if slow or settings.access_log:
-            logs.request(slow, served.method, served.route, served.status, served.stages)
+            logs.request(slow, served.method, served.route, served.status, served.stages, served.notes)
 
     return observe
 

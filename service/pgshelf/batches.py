@@ -19,7 +19,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database
+from pgshelf import database, rounds
 from pgshelf.circuits import away, is_away
 from pgshelf.embedders import EmbedderAway, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedders.cohere import CohereEmbedder
@@ -215,10 +215,13 @@ class Batches:
             try:
                 if (batch := await self.claim()) is not None:
                     self._start(batch)
+                    rounds.ended("embedding", True)
                     continue
+                rounds.ended("embedding", False)
                 pause = self.settings.worker_interval
             except Exception as error:
                 tell(error)
+                rounds.ended("embedding", None)
                 # a database that is away is not asked, nor complained about, twice a second
                 pause = min(pause * 2, MAX_PAUSE)
                 await asyncio.sleep(around(pause))

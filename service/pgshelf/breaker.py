@@ -31,10 +31,19 @@ class Breaker:
     Closed, everything passes. After `failures` failures in a row it opens: `enter` refuses. When the wait is over, one
     call passes as a probe; its success closes the circuit, its failure opens it again for twice as long, `longest`
     seconds at most. Whoever has entered says how it ended by exactly one of `succeeded`, `failed` and `left`.
+    `changed` is told when the circuit opens (True) and when it closes.
     """
 
-    def __init__(self, name: str, failures: int, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        failures: int,
+        longest: float,
+        clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self.name = name
+        self._changed = changed
         self._failures, self._longest, self._clock = failures, longest, clock
         self._in_a_row = 0
         self._opened = 0  # times in a row
@@ -67,6 +76,7 @@ class Breaker:
         """The provider answered, be it with a refusal of this very text; however old the call is, it is alive."""
         if self._opened:
             log.warning("%s answers again", self.name)
+            self._changed(False)
         self._in_a_row, self._opened, self._probing = 0, 0, False
 
     def failed(self, probe: bool, retry_after: float | None = None) -> None:
@@ -79,6 +89,8 @@ class Breaker:
             return
         grown = min(self._longest, FIRST_WAIT * 2.0**self._opened)
         wait = max(grown * random.uniform(0.75, 1), min(retry_after or 0, self._longest))  # noqa: S311 - jitter
+        if not self._opened:
+            self._changed(True)
         self._opened = min(self._opened + 1, 30)
         self._until = self._clock() + wait
         log.warning("%s keeps failing and is left alone for %.1f s", self.name, wait)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from prometheus_client import Counter, Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.breaker import Breaker, CircuitOpen
@@ -22,6 +23,13 @@ from pgshelf.embedders import (
 from pgshelf.settings import Settings
 
 ANSWERS = (TextRefused, TextsRefused, ModelUnknown)  # the provider is there, and refuses what was asked
+OPEN = Gauge(
+    "pgshelf_circuits_open",
+    "Processes that leave an embedder alone because it keeps failing.",
+    ["provider", "model"],
+    multiprocess_mode="livesum",
+)
+OPENED = Counter("pgshelf_circuits_opened", "Times that a process began to leave an embedder alone.", ["provider"])
 Identity = tuple[str, str, int]
 # by the pool of the application: one process may run several
 _circuits: WeakKeyDictionary[AsyncEngine, dict[Identity, Breaker]] = WeakKeyDictionary()
@@ -37,8 +45,18 @@ def _circuit(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Bre
     identity = _identity(embedder)
     if identity not in circuits:
         name = f'the embedder "{embedder.provider}" with the model "{embedder.model}"'
-        circuits[identity] = Breaker(name, settings.circuit_failures, settings.circuit_wait)
+        circuits[identity] = Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=_count(embedder))
     return circuits[identity]
+
+
+def _count(embedder: Embedder) -> Callable[[bool], None]:
+    gauge, counter = OPEN.labels(embedder.provider, embedder.model), OPENED.labels(embedder.provider)
+
+    def changed(is_open: bool) -> None:
+        gauge.set(is_open)
+        counter.inc(is_open)
+
+    return changed
 
 
 @contextlib.contextmanager

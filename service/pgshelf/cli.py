@@ -102,15 +102,26 @@ def _migrate(url: str, settings: Settings) -> None:
         raise Failure(str(error)) from None
 
 
+@contextlib.contextmanager
+def _shared_numbers() -> Iterator[None]:
+    """A folder where the processes put their numbers together; prometheus-client looks for it when it is imported."""
+    with tempfile.TemporaryDirectory(prefix="pgshelf-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
+
+
 @main.command()
 @click.option("--host", help="Address to listen on (PGSHELF_HOST).")
 @click.option("--port", type=int, help="Port to listen on (PGSHELF_PORT).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
 @click.option("--workers", type=int, help="Processes; the default is one for each core (PGSHELF_WORKERS).")
 @click.option("--reload", is_flag=True, help="Restart when the code changes, for development; needs pgshelf[reload].")
+@_shared_numbers()
 def serve(host: str | None, port: int | None, data_dir: Path | None, workers: int | None, reload: bool) -> None:
     """Serve the REST API."""
     settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers)
+    if settings.tracing and not _has("opentelemetry"):
+        raise Failure("PGSHELF_TRACING needs OpenTelemetry: pip install 'pgshelf[otel]'")
     access = _check_access(settings.database_url, settings) if settings.database_url else None
     address = _check_address(settings)
     with _database(settings) as (url, server):
@@ -122,17 +133,12 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         os.environ.update(_environment(msgspec.structs.replace(settings, database_url=url)))
         os.environ["_PGSHELF_PARENT"] = str(os.getpid())
         stop = threading.Event()
-        metrics = tempfile.TemporaryDirectory(
-            prefix="pgshelf-metrics-"
-        )  # where the processes put their numbers together
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics.name
         if server is not None:
             threading.Thread(target=_keep_running, args=(server, stop), daemon=True).start()
         try:
             _serve(settings, address, reload)
         finally:
             stop.set()
-            metrics.cleanup()
 
 
 @main.command("worker")
@@ -199,6 +205,8 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         respawn_failed_workers=True,
         respawn_interval=0.5,
         workers_kill_timeout=30,
+        workers_lifetime=settings.workers_lifetime,
+        workers_max_rss=settings.workers_max_bytes and settings.workers_max_bytes // 1024**2,
         websockets=False,
         log_level=LogLevels.warning,
         reload=reload,

@@ -12,7 +12,7 @@ import psycopg
 
 from pgshelf import database, health, providers
 from pgshelf.embedders import EmbedderError, embedder_for, settled
-from pgshelf.settings import Settings
+from pgshelf.settings import Settings, is_loopback
 
 
 class Finding(msgspec.Struct):
@@ -42,7 +42,7 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
         connection.execute(database.BECOME_OWNER)  # as a worker does, who sees nothing before
         there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
         within = (_roles, _beyond, _indexes, _pending, _replication) if there else ()  # what looks into the schema
-        for look in (_server, _extension, _schema, *within, _parameters):
+        for look in (_server, _encryption, _extension, _schema, *within, _parameters):
             try:
                 yield from look(connection)
             except psycopg.Error as error:
@@ -73,6 +73,18 @@ def _server(connection: Connection) -> Iterator[Finding]:
         yield Finding("fail", "the database is not encoded in UTF8; create one that is")
     if (_one(connection, "select pg_is_in_recovery()") or (False,))[0]:
         yield Finding("warn", "the server is a standby: it answers searches and takes no writes")
+
+
+def _encryption(connection: Connection) -> Iterator[Finding]:
+    # of a Unix socket there is no address; pg_stat_ssl would not do, for a proxy may hold the certificate
+    if connection.pgconn.ssl_in_use:
+        yield Finding("ok", "the connection is encrypted")
+    elif connection.info.host and not (
+        connection.info.host.startswith(("/", "@")) or is_loopback(connection.info.host)
+    ):
+        yield Finding(
+            "warn", "the connection is not encrypted: set sslmode=verify-full and sslrootcert in PGSHELF_DATABASE_URL"
+        )
 
 
 def _extension(connection: Connection) -> Iterator[Finding]:
@@ -227,6 +239,14 @@ def _parameters(connection: Connection) -> Iterator[Finding]:
     for name in ("fsync", "full_page_writes", "synchronous_commit"):
         if _setting(connection, name) == "off":
             yield Finding("warn", f"{name} is off: acknowledged writes can be lost when the machine fails")
+    for name, reason in (
+        ("autovacuum", "dead rows stay in the indexes, and searches get slower and worse"),
+        ("track_counts", "how large libraries are is not known, so none gets an index by itself"),
+    ):
+        if _setting(connection, name) == "off":
+            yield Finding("fail", f"{name} is off: {reason}")
+    if _setting(connection, "default_transaction_read_only") == "on":
+        yield Finding("fail", "default_transaction_read_only is on: nothing can be written")
     if int(_setting(connection, "max_locks_per_transaction")) < 128:
         yield Finding(
             "warn", "max_locks_per_transaction is below 128; raise it before there are thousands of libraries"

@@ -16,7 +16,7 @@ from pgvector import Vector
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import circuits, database, embedding_cache
+from pgshelf import circuits, database, embedding_cache, providers
 from pgshelf.embedders import (
     Embedder,
     EmbedderError,
@@ -177,7 +177,8 @@ async def vectors_of(
 
 async def call(embedder: Embedder, texts: Sequence[str], kind: Kind) -> NDArray[np.float32]:
     """The one place where a provider is asked, for a batch that it takes."""
-    return await embedder.embed(texts, kind)
+    with providers.measured(embedder.provider, "embed", circuits.ANSWERS):
+        return await embedder.embed(texts, kind)
 
 
 async def _in_parts(ask: Callable[[list[str]], Awaitable[None]], texts: list[str]) -> None:

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 from urllib.parse import unquote
@@ -29,10 +30,12 @@ from pgshelf import consistency, logs
 from pgshelf.database import Source
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.settings import Settings, listed
-from pgshelf.timing import stage, stages
+from pgshelf.timing import notes, stage, stages
 
 if TYPE_CHECKING:
     from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+    from pgshelf.tracing import Traces
 
 log = logging.getLogger("pgshelf")
 T = TypeVar("T")
@@ -222,6 +225,7 @@ class Served(msgspec.Struct, frozen=True):
     status: int
     stages: dict[str, float]  # milliseconds, `total` among them
     problem: str | None  # its code
+    notes: dict[str, str]  # how it was done
 
 
 TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
@@ -230,16 +234,17 @@ TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace C
 class Edge:
     """Wraps the application: routes on the path as it was sent, checks the content type, adds ids and timings."""
 
-    def __init__(self, app: ASGIApp, observe: Callable[[Served], None]) -> None:
-        self.app, self.observe = app, observe
+    def __init__(self, app: ASGIApp, observe: Callable[[Served], None], traces: Traces | None = None) -> None:
+        self.app, self.observe, self.traces = app, observe, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await self.app(scope, receive, send)
             return
-        started, spent = time.perf_counter(), dict[str, float]()
+        started, spent, told = time.perf_counter(), dict[str, float](), dict[str, str]()
         stages.set(spent)
         consistency.committed.set([])
+        notes.set(told)
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
@@ -273,15 +278,23 @@ class Edge:
                 message["body"] = b""
             await send(message)
 
-        trace = TRACE.fullmatch(headers.get(b"traceparent", b"").decode("latin-1"))
-        method = scope["method"] if scope["method"] in METHODS else "other"
-        with logs.bind(request_id=request_id, **({"trace_id": trace[1]} if trace else {})):
-            try:
-                await self.app(scope, receive, answer)
-            finally:
-                spent["total"] = (time.perf_counter() - started) * 1000
-                route, problem = scope.get("path_template") or "none", str(scope.get("pgshelf_problem", "")) or None
-                self.observe(Served("HEAD" if head else method, route, status, spent, problem))
+        method = "HEAD" if head else scope["method"] if scope["method"] in METHODS else "other"
+        with self.traces.request(method, headers) if self.traces else nullcontext() as span:
+            ids = {"request_id": request_id}
+            if self.traces and span:
+                ids["trace_id"] = self.traces.trace_id(span)
+            elif trace := TRACE.fullmatch(headers.get(b"traceparent", b"").decode("latin-1")):
+                ids["trace_id"] = trace[1]
+            with logs.bind(**ids):
+                try:
+                    await self.app(scope, receive, answer)
+                finally:
+                    spent["total"] = (time.perf_counter() - started) * 1000
+                    route, problem = scope.get("path_template") or "none", str(scope.get("pgshelf_problem", "")) or None
+                    if self.traces and span:
+                        known = {"request_id": request_id, **({"problem": problem} if problem else {}), **told}
+                        self.traces.answered(span, method, route, status, known)
+                    self.observe(Served(method, route, status, spent, problem, told))
 
 
 def decode_path(app: ASGIApp) -> ASGIApp:

@@ -44,8 +44,8 @@ def configure(level: str, form: str = "console") -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
-def request(slow: bool, method: str, route: str, status: int, stages: dict[str, float]) -> None:
-    """Log a request that was answered, with its milliseconds by stage."""
+def request(slow: bool, method: str, route: str, status: int, stages: dict[str, float], notes: dict[str, str]) -> None:
+    """Log a request that was answered, with its milliseconds by stage and how it was done."""
     spent = {f"{name}_ms": round(milliseconds, 2) for name, milliseconds in stages.items()}
     level, text = (logging.WARNING, "slow request") if slow else (logging.INFO, "request")
-    log.log(level, text, extra={"method": method, "route": route, "status": status, **spent})
+    log.log(level, text, extra={"method": method, "route": route, "status": status, **notes, **spent})

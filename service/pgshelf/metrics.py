@@ -5,6 +5,7 @@ Whichever process is asked adds up what all have counted. What is one for all pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ DURATION = Histogram(
 STAGES = Histogram("pgshelf_http_stage_seconds", "Stages of requests, as in Server-Timing.", ["stage"], buckets=SECONDS)
 PROBLEMS = Counter("pgshelf_problems", "Answers that are problems, by their code.", ["code"])
 POOL = Gauge("pgshelf_pool_connections", "Connections to PostgreSQL.", ["state"], multiprocess_mode="livesum")
+POOL_SIZE = Gauge("pgshelf_pool_size", "Connections that the processes may open.", multiprocess_mode="livesum")
 
 # chunks are estimated from the statistics collector: counting millions at every scrape would be a load of its own
 QUERY = """
@@ -38,8 +40,12 @@ union all select 'pgshelf_pending_age_seconds', null,
   coalesce(extract(epoch from now() - min(due)), 0)::float8 from pgshelf.waiting where due <= now()
 union all select 'pgshelf_documents', null, greatest(reltuples, 0)::float8 from pg_class
   where oid = 'pgshelf.documents'::regclass
-union all (select 'pgshelf_library_chunks', l.name, pgshelf.shelf_rows(l.shelf)::float8 from pgshelf.libraries l
-  where l.deleted_at is null and l.shelf <> 0 order by 3 desc nulls last limit %s)
+union all select 'pgshelf_index_builds_running', null, pgshelf.builds_running()::float8
+union all select m.* from pgshelf.library_metrics(%s) l cross join lateral (values
+  ('pgshelf_library_chunks', l.library, l.chunks), ('pgshelf_library_bytes', l.library, l.bytes),
+  ('pgshelf_library_pending', l.library, l.pending), ('pgshelf_library_failed', l.library, l.failed)
+  ) m(name, label, value)
+  where m.value is not null
 union all select m.name, r.name, m.value from pgshelf.replication(%s, %s) r, lateral (values
   ('pgshelf_replication_healthy', case when r.health is not null then (r.health = 'healthy')::int::float8 end),
   ('pgshelf_replication_lag_bytes', r.lag_bytes), ('pgshelf_replication_lag_seconds', r.lag_seconds),
@@ -60,12 +66,17 @@ MEANINGS = {
     "pgshelf_replication_lag_seconds": ("Age of the last moment of which it has everything.", "replica"),
     "pgshelf_replication_retained_bytes": ("WAL that its slot keeps on the server that was asked.", "replica"),
     "pgshelf_replication_conflicts": ("Queries that replay cancelled on the standby that was asked.", "replica"),
-    "pgshelf_library_chunks": ("Chunks of the largest libraries with a shelf of their own, estimated.", "library"),
+    "pgshelf_index_builds_running": ("Indexes of shelves that PostgreSQL is building.", None),
+    "pgshelf_library_chunks": ("Chunks of a library, estimated where it has a shelf of its own.", "library"),
+    "pgshelf_library_bytes": ("Bytes of a shelf with its indexes.", "library"),
+    "pgshelf_library_pending": ("Chunks that wait for their vector, up to 100,000.", "library"),
+    "pgshelf_library_failed": ("Chunks that were given up, up to 100,000.", "library"),
 }
 
 
-def observe_pool(engine: AsyncEngine) -> None:
+def observe_pool(engine: AsyncEngine, size: int) -> None:
     """Count the connections of an engine's pool as they come, go, and are used."""
+    POOL_SIZE.set(size)
     for state in ("open", "used"):
         POOL.labels(state).set(0)
     for name, state, step in (("connect", "open", 1), ("close", "open", -1), ("checkout", "used", 1)):
@@ -80,13 +91,18 @@ def _step(state: str, amount: int) -> Any:
     return count
 
 
+# finding the series of some labels takes longer than counting; there are only so many routes and stages
+_requests = functools.cache(REQUESTS.labels)
+_duration, _stages = functools.cache(DURATION.labels), functools.cache(STAGES.labels)
+
+
 def count(served: Served) -> None:
     """Count a request that was answered."""
-    REQUESTS.labels(served.method, served.route, served.status).inc()
+    _requests(served.method, served.route, served.status).inc()
     if served.problem is not None:
         PROBLEMS.labels(served.problem).inc()
     for name, milliseconds in served.stages.items():
-        (DURATION.labels(served.route) if name == "total" else STAGES.labels(name)).observe(milliseconds / 1000)
+        (_duration(served.route) if name == "total" else _stages(name)).observe(milliseconds / 1000)
 
 
 class Rows:

@@ -8,13 +8,17 @@ Retry-After that the provider gave.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
+
+from prometheus_client import Histogram
 
 if TYPE_CHECKING:
     import httpx
@@ -26,6 +30,13 @@ BACKOFF = 0.25  # seconds before the second attempt, doubled before each further
 RETRY_AFTER = 5.0  # seconds, where the provider does not say
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 PASSING = RETRIED - {500} | {499}  # states of the provider, not of the request: 503 for our client
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+CALLS = Histogram(
+    "pgshelf_provider_seconds",
+    "Calls of embedders and rerankers with all their attempts, those in this process too.",
+    ["provider", "work", "outcome"],
+    buckets=SECONDS,
+)
 REFUSING = frozenset({400, 413, 422})  # what was sent cannot be answered
 
 
@@ -60,6 +71,26 @@ class Refusal(Exception):
 
 class Unreadable(Exception):
     """An answer that is none."""
+
+
+@contextlib.contextmanager
+def measured(provider: str, work: str, refusals: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Around a call of a provider, for /metrics; `refusals` are answers, too."""
+    started, outcome = time.perf_counter(), "answered"
+    try:
+        yield
+    except refusals:
+        outcome = "refused"
+        raise
+    except Exception:
+        outcome = "failed"
+        raise
+    except BaseException:  # cancelled: says nothing of the provider
+        outcome = ""
+        raise
+    finally:
+        if outcome:
+            CALLS.labels(provider, work, outcome).observe(time.perf_counter() - started)
 
 
 async def ask(provider: Provider, attempt: Callable[[], Awaitable[T]]) -> T:

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, shelves
+from pgshelf import database, rounds, shelves
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import change_hash, embedder_of, store_next, vectors_of
 from pgshelf.errors import Problem, problem_of
@@ -238,7 +238,9 @@ async def forever(engine: AsyncEngine, settings: Settings, pace: shelves.Pace = 
                         del tasks[serial]
                         task.result()
                 pause = settings.worker_interval
+                rounds.ended("embedders", busy)
             except Exception as error:
+                rounds.ended("embedders", None)
                 # what is wanted is still written down: the next round meets it again
                 expected = isinstance(error, EXPECTED)
                 log.warning("changing embedders failed, trying again: %s", error, exc_info=not expected)

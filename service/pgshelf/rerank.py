@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from pgshelf import providers
 from pgshelf.errors import Problem, invalid
 from pgshelf.rerankers import (
     ModelUnknown,
@@ -68,7 +69,7 @@ async def rerank(
         raise invalid("rerank", "needs query: it is the text that the hits are compared with")
     reranker = _reranker(settings, choice)
     try:
-        with stage("rerank"):
+        with stage("rerank"), providers.measured(choice.provider, "rerank", (ModelUnknown,)):
             return await reranker.rerank(query, texts, top)
     except ModelUnknown as error:
         raise _problem("reranker_not_configured", error) from error

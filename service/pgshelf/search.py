@@ -29,6 +29,7 @@ from pgshelf.searching import (
     milliseconds,
     reranked,
     search,
+    searched,
     widened,
 )
 from pgshelf.settings import Settings
@@ -222,6 +223,7 @@ async def _several(
     rows = await database.run(reader, merged, names if settings.cache_bytes else [], *parameters, data.k, data.offset)
     states: States = rows[0][-1]
     rows = [row for row in rows if row[0] is not None]
+    searched(questions[0].mode, data.filter is not None, data.k, "several")  # libraries, each in its own way
     found = [hit(row, data.include) for row in rows]
     for item, row in zip(found, rows, strict=True):
         item.library = row[-2]

@@ -11,6 +11,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
+from prometheus_client import Counter
 from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -20,7 +21,7 @@ from pgshelf.errors import invalid
 from pgshelf.query_cache import QueryCache, States
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.settings import Settings
-from pgshelf.timing import stage
+from pgshelf.timing import note, stage
 
 Part = Literal["text", "metadata", "document", "embedding", "highlight"]
 Mode = Literal["vector", "text", "hybrid"]
@@ -244,18 +245,22 @@ CALLS: dict[str, str] = {
       fusion => %s, fusion_k => %s, weights => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
 }
-# the state stands in one statement with the search, hence in one snapshot; where no answers are kept none is asked for
-PLAIN = "select h.*, s.state from pgshelf.search_state(%s) s(state) left join {call} h on true"
+# the state stands in one statement with the search, hence in one snapshot; where no answers are kept none is asked for;
+# the strategy is asked behind the search, which sets it
+PLAIN = """select h.*, current_setting('pgshelf.strategy', true), s.state
+  from pgshelf.search_state(%s) s(state) left join {call} h on true"""
 # facets and total, too
 BESIDE = """with h as materialized (select x.*, row_number() over () as place from {call} x),
   e as materialized (select case when %s then pgshelf.total_hits(%s, %s, %s) end as total,
     (select jsonb_object_agg(a.name, coalesce((select jsonb_agg(jsonb_build_object('value', f.value,
         'documents', f.documents)) from pgshelf.facets(%s, array[a.name], %s, 10) f), '[]'))
       from unnest(%s::text[]) a(name)) as facets, pgshelf.search_state(%s) as state)
-  select h.*, e.total, e.facets, e.state from e left join h on true order by h.place"""
+  select h.*, e.total, e.facets, current_setting('pgshelf.strategy', true), e.state
+  from e left join h on true order by h.place"""
 EMBEDDER = "select l.embedder, pgshelf.search_state(%s) from pgshelf.library_named(%s) l"
 LIKE = """select v.*, l.embedder, pgshelf.search_state(%s)
 from pgshelf.library_named(%s) l, pgshelf.vector_of(l.id::text, %s, %s) v"""
+SEARCHES = Counter("pgshelf_searches", "Searches, and the way that their statement went.", ["mode", "strategy"])
 EXPLAIN = """select pgshelf.explain_search(pgshelf.embedded_by(%s, %s), %b, %s, k => %s, "offset" => %s, filter => %s,
   exact => %s, ef_search => %s)"""
 
@@ -324,6 +329,8 @@ async def search(
         return answer, states
 
     answer = await cache.answer([library], data, "no-store" if data.explain else control, find, SearchAnswer)
+    if answer.cached:
+        note(strategy="cached")
     answer.took_ms = milliseconds(started)
     return answer
 
@@ -422,17 +429,24 @@ async def _answer(
         words = question.query if question.mode == "text" else None
         beside = [data.total, library, question.filter, words, library, question.filter, data.facets, state_of]
         rows = await database.rows(connection, BESIDE.replace("{call}", statement), *parameters, *beside)
-        total, facets = rows[0][-3:-1]
+        total, facets = rows[0][-4:-2]
         answer.total = total if data.total else UNSET
         if data.facets:
             answer.facets = msgspec.convert(facets, dict[str, list[FacetValue]])
     else:
         rows = await database.rows(connection, PLAIN.replace("{call}", statement), state_of, *parameters)
+    searched(question.mode, question.filter is not None, data.k, rows[0][-2] or "words")
     with stage("encode"):
         answer.hits = [hit(row, data.include) for row in rows if row[0] is not None]
     if data.explain:
         answer.explain = await _explain(connection, library, data, question)
     return answer, rows[0][-1]
+
+
+def searched(mode: Mode, filtered: bool, k: int, strategy: str) -> None:
+    """Count a search, and note for the log how it was done."""
+    SEARCHES.labels(mode, strategy).inc()
+    note(mode=mode, strategy=strategy, filtered=str(filtered).lower(), k=str(k))
 
 
 async def _explain(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> Explanation:

@@ -53,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     port: Annotated[int, Meta(ge=1, le=65535)] = 8432
     allow_unauthenticated: bool = False
     workers: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default_factory=lambda: os.cpu_count() or 1)
+    workers_lifetime: Annotated[int, Meta(ge=60)] | None = None
+    workers_max_bytes: Annotated[int, Meta(ge=64 * 1024 * 1024)] | None = None
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
 
     auth: Annotated[str, Meta(pattern="^(auto|on|off)$")] = "auto"
@@ -134,6 +136,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     wal_archive: Path | None = None
     pg_bin: Path | None = None
 
+    recall_interval: Annotated[float, Meta(ge=0)] = 600.0
     promote_at: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 10_000
     index_memory_bytes: Annotated[int, Meta(ge=1024 * 1024, le=2**40)] = 1024 * 1024 * 1024
 
@@ -162,6 +165,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     log_format: Annotated[str, Meta(pattern="^(console|json)$")] = "console"
     access_log: bool = False
     slow_request: Annotated[float, Meta(gt=0)] = 2.0
+    tracing: bool = False
     metrics_libraries: Annotated[int, Meta(ge=0, le=1000)] = 20
 
     def __post_init__(self) -> None:

@@ -15,15 +15,17 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
 import msgspec
 import psycopg
+from prometheus_client import Histogram
 from psycopg.types.json import Jsonb
 
-from pgshelf import database
+from pgshelf import database, rounds
 from pgshelf.settings import Settings
 
 log = logging.getLogger("pgshelf.shelves")
@@ -65,6 +67,12 @@ class Pace(msgspec.Struct, frozen=True):
 
 
 UNHURRIED = Pace()
+BUILDS = Histogram(
+    "pgshelf_index_build_seconds",
+    "Builds of vector indexes.",
+    ["type", "outcome"],
+    buckets=(0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0),
+)
 
 
 class Gone(Exception):
@@ -309,10 +317,13 @@ class Shelves:
         build = "select pgshelf.build_statements(%s, %s, %s, %s)"
         statements = await self.rows(build, library, shelf, Jsonb(index), concurrently)
         await self._give_memory(index, dimension)
+        started, outcome = time.monotonic(), "failed"
         try:
             for (statement,) in statements:
                 await self._run_parallel(statement, f"pgshelf.chunks_s{shelf}_v{index['serial']}")
+            outcome = "built"
         finally:
+            BUILDS.labels(index["type"], outcome).observe(time.monotonic() - started)
             if not self.connection.closed:
                 await self._run("reset maintenance_work_mem")
         await self.step("built")
@@ -493,12 +504,14 @@ async def forever(settings: Settings, pace: Pace = UNHURRIED) -> None:
                 shelves = Shelves(connection, settings, pace)
                 while True:
                     busy = await shelves.round()
+                    rounds.ended("shelves", busy)
                     pause = settings.worker_interval
                     if not busy:
                         await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
         except Exception as error:
             # what is wanted is still written down: the next session meets it again
             expected = isinstance(error, psycopg.Error)
+            rounds.ended("shelves", None)
             log.warning("looking after shelves failed, trying again: %s", error, exc_info=not expected)
             pause = min(pause * 2, 10.0)
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter

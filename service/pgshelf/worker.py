@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, providers, query_cache, reembedding, shelves
+from pgshelf import database, embedding_cache, probing, providers, query_cache, reembedding, rounds, shelves
 from pgshelf.batches import EXPECTED, MAX_PAUSE, Batches, around, tell
 from pgshelf.settings import Settings
 
@@ -49,7 +49,7 @@ async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
     return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
 
 
-OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict, query_cache.join_marks)
+OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict, query_cache.join_marks, probing.probe)
 
 
 async def reconcile(
@@ -70,6 +70,7 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
     pause = settings.worker_interval
     while True:
         busy = await reconcile(engine, settings, OTHERS)
+        rounds.ended("others", busy)
         if busy:
             continue
         pause = min(pause * 2, MAX_PAUSE) if busy is None else settings.worker_interval
@@ -89,6 +90,7 @@ async def tidy(engine: AsyncEngine, settings: Settings) -> int:
 async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
     """Give changes their positions, for those who read them in SQL, and tidy once a minute."""
     tidied = -TIDY
+    busy: bool | None
     while True:
         try:
             busy = bool((await database.run(engine, STAMP))[0][0])
@@ -98,7 +100,8 @@ async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
                     pass
         except EXPECTED as error:
             log.debug("keeping house failed, trying again: %s", error)
-            busy = False
+            busy = None
+        rounds.ended("house", busy)
         if not busy:
             await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
