@@ -358,6 +358,8 @@ async def test_over_rest(shelf: Shelf, make_settings: Any, make_client: Any) -> 
     begun = ok(await client.post("/v1/replication/backups", json={"label": "by hand"}), 202)
     assert (begun["state"], begun["label"], begun["bytes"]) == ("running", "by hand", None)
     assert problem(await client.post("/v1/replication/backups", json={}), 409, "backup_running")["detail"]
+    noted = "select count(*)::int from pgshelf.audit_log where (action, outcome) = ('backup.start', 'done')"
+    assert ask(shelf.server.url(), noted) == 1
     found = await ended(client)
     [backup] = Backups(shelf.place / "rest").all()
     assert found == [msgspec.to_builtins(backup)]
