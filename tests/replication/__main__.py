@@ -15,11 +15,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
-from pgshelf.settings import Settings
 from tests.replication.servers import Primary, Standby, cluster
 
 WORDS = """
-  API       http://127.0.0.1:{port}/v1, on the primary{reads}
+  API       http://127.0.0.1:{port}/v1, writes on the primary, reads on the replicas
             http://127.0.0.1:{other}/v1, on replica1 alone: it reads, and refuses writes
 
   write     curl -s http://127.0.0.1:{port}/v1/libraries -H 'content-type: application/json' -d '{{"name": "notes"}}'
@@ -54,8 +53,7 @@ def main() -> None:
         for at, environment in ((port, over(primary, standbys)), (port + 1, alone(standbys[0]))):
             stack.enter_context(serving(at, environment, told))
         if not told.is_set():
-            replica, reads = standbys[0].server.psql_command(), ", reads from the replicas" if routed() else ""
-            words = {"primary": primary.server.psql_command(), "replica": replica, "reads": reads}
+            words = {"primary": primary.server.psql_command(), "replica": standbys[0].server.psql_command()}
             print(
                 WORDS.format(port=port, other=port + 1, pid=primary.server.pid, **words), "Ctrl-C ends it.", flush=True
             )
@@ -63,16 +61,13 @@ def main() -> None:
         print("stopping ...", flush=True)
 
 
-def routed() -> bool:
-    """Whether this version reads from replicas."""
-    return "replica_url" in Settings.__struct_fields__
-
-
 def over(primary: Primary, standbys: list[Standby]) -> dict[str, str]:
     """The service that writes."""
-    known = {"PGSHELF_DATABASE_URL": primary.url, "PGSHELF_BACKUP_DIRECTORY": str(primary.folder.parent / "backups")}
-    readers = ",".join(server.url for server in (primary, *standbys))
-    return known | ({"PGSHELF_REPLICA_URL": readers} if routed() else {})
+    return {
+        "PGSHELF_DATABASE_URL": primary.url,
+        "PGSHELF_REPLICA_URL": ",".join(server.url for server in (primary, *standbys)),
+        "PGSHELF_BACKUP_DIRECTORY": str(primary.folder.parent / "backups"),
+    }
 
 
 def alone(standby: Standby) -> dict[str, str]:

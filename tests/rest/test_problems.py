@@ -90,7 +90,6 @@ CAUSES: dict[str, Cause] = {}
 # What takes a machine of its own is caused by a test of its own, which names the code.
 ELSEWHERE = {
     "storage_full": ("tests/test_disk_full.py", "test_disk_full_in_the_middle_of_an_import"),
-    "backup_running": ("tests/replication/test_backups.py", "test_over_rest"),
     "write_outcome_unknown": (
         "tests/replication/test_failover.py",
         "test_a_connection_that_is_lost_in_a_commit_leaves_the_outcome_unknown",
@@ -137,7 +136,6 @@ sends("wrong_dimension", "POST", SEARCH, {"vector": [1, 0]})
 sends("zero_vector", "POST", SEARCH, {"vector": [0, 0, 0]})
 sends("invalid_vector", "POST", SEARCH, {"vector": [1e39, 0, 0]})
 sends("embedding_required", "POST", DOCUMENTS, {"text": "x"})
-sends("backups_not_configured", "POST", "/v1/replication/backups", {})
 sends("no_embedder", "POST", SEARCH, {"query": "x", "mode": "vector"})
 CHOICE = {"provider": "openai", "model": "m"}
 sends("embedder_not_configured", "POST", "/v1/libraries", {"name": "openai", "embedder": CHOICE})
