@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,7 @@ class Churn:
         await library(self.client, "churn", DIMENSION)
         for start in range(0, ROWS, 500):
             lines = [self._line(number) for number in range(start, start + 500)]
-            headers = {"Content-Type": "application/x-ndjson"}
-            ok(await self.client.post(at("libraries", "churn", "import"), content="\n".join(lines), headers=headers))
+            await self._import(lines)
         ok(await self.client.put(at("libraries", "churn", "index"), json={"type": "hnsw"}), 202)
 
         async def built() -> bool:
@@ -115,6 +114,12 @@ class Churn:
 
         await until(built, 120)
         await asyncio.to_thread(self.cluster.caught_up, 60)
+
+    async def _import(self, lines: Iterable[str]) -> None:
+        headers = {"Content-Type": "application/x-ndjson"}
+        path = at("libraries", "churn", "import")
+        answer = await self.client.post(path, content="\n".join(lines), headers=headers)
+        assert '"done":true' in answer.text and '"failed":0' in answer.text.splitlines()[-1], answer.text
 
     def _line(self, number: int) -> str:
         vector = ", ".join(f"{value:.4f}" for value in self._vectors[number])
@@ -150,9 +155,7 @@ class Churn:
                 path, chosen = at("libraries", "churn", "documents", "delete"), {"$key": {"$in": names}}
                 ok(await self.client.post(path, json={"filter": chosen}))
                 self.changed["deleted"] += 50
-            lines = "\n".join(map(self._line, numbers))
-            headers = {"Content-Type": "application/x-ndjson"}
-            ok(await self.client.post(at("libraries", "churn", "import"), content=lines, headers=headers))
+            await self._import(map(self._line, numbers))
             self.changed["written"] += 50
 
     async def _vacuum(self) -> None:
