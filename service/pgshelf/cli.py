@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -16,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +23,13 @@ import msgspec
 import psycopg
 import psycopg.conninfo
 
-from pgshelf import __version__, cli_search, cli_transfer, embedded, logs
+from pgshelf import __version__, cli_backups, cli_keys, cli_search, cli_transfer, embedded, logs
+from pgshelf.cli_database import DATA_DIR, database_of, exit_when_told, migrated
 from pgshelf.console import Failure
 from pgshelf.settings import PREFIX, Settings, SettingsError, is_loopback
 
 if TYPE_CHECKING:
-    from pgshelf.backups import Backup, Backups, Recovery
     from pgshelf_client import Client
-
-RECOVERY_SECONDS = 7 * 86_400.0  # archived WAL of months may have to be replayed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,6 +49,9 @@ for command in (
     cli_search.embedder,
     cli_transfer.import_command,
     cli_transfer.export_command,
+    cli_keys.keys_group,
+    cli_backups.backup_command,
+    cli_backups.restore_command,
 ):
     main.add_command(command)
 
@@ -72,37 +71,6 @@ def _settings(**overrides: Any) -> Settings:
 
 
 @contextlib.contextmanager
-def _database(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServer | None]]:
-    """The URL to use, and the bundled server behind it where it is ours."""
-    if settings.database_url:
-        yield settings.database_url, None
-        return
-    try:
-        # some connections are left for psql and for others that share the server
-        connections = max(200, settings.workers * settings.pool_size + 50)
-        server = embedded.start(
-            settings.data_dir,
-            settings.postgres_version,
-            settings={"max_connections": str(connections)},
-            archive=settings.wal_archive,
-        )
-    except embedded.EmbeddedError as error:
-        raise Failure(str(error)) from None
-    with server:
-        yield server.url(), server
-
-
-def _migrate(url: str, settings: Settings) -> None:
-    from pgshelf import migrate
-
-    bundled = settings.database_url is None  # nobody can install another pgvector there: doctor says enough
-    try:
-        migrate.upgrade(url, vector_schema=settings.vector_schema, warn=not bundled)
-    except migrate.MigrationError as error:
-        raise Failure(str(error)) from None
-
-
-@contextlib.contextmanager
 def _shared_numbers() -> Iterator[None]:
     """A folder where the processes put their numbers together; prometheus-client looks for it when it is imported."""
     with tempfile.TemporaryDirectory(prefix="pgshelf-metrics-") as folder:
@@ -113,7 +81,7 @@ def _shared_numbers() -> Iterator[None]:
 @main.command()
 @click.option("--host", help="Address to listen on (PGSHELF_HOST).")
 @click.option("--port", type=int, help="Port to listen on (PGSHELF_PORT).")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+@DATA_DIR
 @click.option("--workers", type=int, help="Processes; the default is one for each core (PGSHELF_WORKERS).")
 @click.option("--reload", is_flag=True, help="Restart when the code changes, for development; needs pgshelf[reload].")
 @_shared_numbers()
@@ -124,9 +92,9 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
         raise Failure("PGSHELF_TRACING needs OpenTelemetry: pip install 'pgshelf[otel]'")
     access = _check_access(settings.database_url, settings) if settings.database_url else None
     address = _check_address(settings)
-    with _database(settings) as (url, server):
+    with database_of(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
-            _migrate(url, settings)
+            migrated(url, settings)
         click.echo(_banner(settings, server, access or _check_access(url, settings)))
         if server is None:
             _say_what_fails(url, settings)
@@ -142,16 +110,16 @@ def serve(host: str | None, port: int | None, data_dir: Path | None, workers: in
 
 
 @main.command("worker")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+@DATA_DIR
 def worker_command(data_dir: Path | None) -> None:
     """Embed what is pending, build indexes and clean up, without serving.
 
     A service does that itself unless PGSHELF_WORKER_ENABLED is false; any number of both may run.
     """
     settings = _settings(data_dir=data_dir)
-    with _database(settings) as (url, server):
+    with database_of(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
-            _migrate(url, settings)
+            migrated(url, settings)
         if server is None:
             _say_what_fails(url, settings)
         stop = threading.Event()
@@ -327,7 +295,7 @@ def _banner(settings: Settings, server: embedded.EmbeddedServer | None, access: 
 @main.command("migrate")
 @click.option("--sql", "as_sql", is_flag=True, help="Print the statements for a DBA instead of running them.")
 @click.option("--down-to", metavar="REVISION", help="Go back to a revision; `base` removes pgshelf from the database.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+@DATA_DIR
 def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) -> None:
     """Bring the schema `pgshelf` of the database up to date."""
     from pgshelf import migrate
@@ -336,9 +304,9 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
     if as_sql:
         click.echo(migrate.offline_sql(vector_schema=settings.vector_schema))
         return
-    with _database(settings) as (url, _):
+    with database_of(settings) as (url, _):
         if down_to is None:
-            _migrate(url, settings)
+            migrated(url, settings)
             click.echo(f"the schema pgshelf is at revision {migrate.head()}")
             return
         try:
@@ -348,274 +316,8 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
         click.echo(f"the schema pgshelf is back at {down_to}")
 
 
-@main.group("keys")
-def keys_group() -> None:
-    """Keys of the REST API, straight in the database; the service need not run."""
-
-
-DATA_DIR = click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR)."
-)
-
-
-AUDIT = "select pgshelf.audit_role(%s, null, %s)"
-
-
-@contextlib.contextmanager
-def _keys(data_dir: Path | None) -> Iterator[psycopg.Connection[Any]]:
-    """A connection to the database that has the keys; what it refuses ends the command."""
-    from pgshelf import database
-    from pgshelf.errors import Problem, problem_of
-
-    settings = _settings(data_dir=data_dir)
-    with _database(settings) as (url, server):
-        if server is not None:
-            _migrate(url, settings)
-        try:
-            with database.connect(url, "keys") as connection:
-                yield connection
-        except (psycopg.Error, Problem) as error:
-            raise Failure(problem_of(error).detail) from None
-
-
-def _moment(_: click.Context, option: click.Parameter, value: str | None) -> datetime | None:
-    if value is None:
-        return None
-    if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
-        unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[found[2]]
-        return datetime.now(UTC) + timedelta(**{unit: int(found[1])})
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise click.BadParameter("needs a duration such as 90d or 12h, or a time such as 2027-01-31T00:00Z") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _moment_past(_: click.Context, option: click.Parameter, value: str | None) -> datetime | None:
-    try:
-        moment = None if value is None else datetime.fromisoformat(value)
-    except ValueError:
-        moment = None
-    if value is not None and (moment is None or moment.tzinfo is None):
-        raise click.BadParameter("needs a time with its zone, such as 2027-01-31T09:30:00Z")
-    return moment
-
-
-def _lsn(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}", value):
-        raise click.BadParameter("needs a place in the WAL, such as 0/3000148")
-    return value
-
-
-@keys_group.command("create")
-@click.argument("name")
-@click.option("--role", type=click.Choice(["reader", "writer", "admin"]), required=True, help="What it may do.")
-@click.option(
-    "--library", "scope", multiple=True, metavar="NAME", help="A name, an id or a pattern (team-*); may be repeated."
-)
-@click.option("--expires", "ends", callback=_moment, metavar="WHEN", help="Such as 90d, 12h, or 2027-01-31.")
-@DATA_DIR
-def keys_create(name: str, role: str, scope: tuple[str, ...], ends: datetime | None, data_dir: Path | None) -> None:
-    """Make a key, which sees all libraries unless --library says which. Its secret is printed this once."""
-    from pgshelf import credentials, keys
-
-    made = credentials.mint()
-    with _keys(data_dir) as connection:
-        keys.check_name(name)
-        keys.check_expiry(ends)
-        given = [name, role, keys.stored_scope(list(scope) or None), ends, made.hash, made.hint]
-        with connection.transaction():
-            connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
-            connection.execute(AUDIT, ["key.create", name])
-    click.echo(made.secret)
-    click.echo("Keep it now: it cannot be shown again.", err=True)
-
-
-@keys_group.command("list")
-@click.option("--revoked", is_flag=True, help="The revoked ones, too.")
-@DATA_DIR
-def keys_list(revoked: bool, data_dir: Path | None) -> None:
-    """List keys, without their secrets."""
-    with _keys(data_dir) as connection:
-        rows = connection.execute(
-            "select k.id, k.name, k.role, coalesce(array_to_string(k.libraries, ', '), 'all libraries'), k.expires_at,"
-            " k.revoked_at, k.last_used_at, (select string_agg(s.hint, ', ' order by s.created_at desc)"
-            " from pgshelf.key_secrets s"
-            " where s.key_id = k.id and not s.token and coalesce(s.expires_at > now(), true))"
-            " from pgshelf.keys k where %s or k.revoked_at is null order by k.created_at, k.id",
-            [revoked],
-        ).fetchall()
-    for key, name, role, scope, ends, over, used, hints in rows:
-        said = [f"revoked {over:%Y-%m-%d %H:%M}" if over else f"expires {ends:%Y-%m-%d %H:%M}" if ends else "no end"]
-        said += [f"used {used:%Y-%m-%d %H:%M}" if used else "never used"]
-        click.echo(f"{key}  {name}  {role}  {scope}  {hints or '-'}...  {', '.join(said)}")
-
-
-@keys_group.command("revoke")
-@click.argument("key")
-@DATA_DIR
-def keys_revoke(key: str, data_dir: Path | None) -> None:
-    """End KEY (its name or id) and all its tokens, at once in every running service."""
-    with _keys(data_dir) as connection:
-        with connection.transaction():
-            connection.execute("select pgshelf.revoke_key(%s)", [key])
-            connection.execute(AUDIT, ["key.revoke", key])
-    click.echo(f"{key} is revoked")
-
-
-@keys_group.command("rotate")
-@click.argument("key")
-@click.option("--overlap", type=click.IntRange(0), default=86_400, show_default=True, help="Seconds of the old secret.")
-@DATA_DIR
-def keys_rotate(key: str, overlap: int, data_dir: Path | None) -> None:
-    """Give KEY (its name or id) another secret, which is printed this once; the old one is valid for a while yet."""
-    from pgshelf import credentials
-
-    made = credentials.mint()
-    with _keys(data_dir) as connection:
-        given = [key, made.hash, made.hint, timedelta(seconds=overlap)]
-        with connection.transaction():
-            connection.execute("select pgshelf.rotate_key(%s, %s, %s, %s, null, false)", given)
-            connection.execute(AUDIT, ["key.rotate", key])
-    click.echo(made.secret)
-    click.echo("Keep it now: it cannot be shown again.", err=True)
-
-
-def _program_folders(pg_bin: Path | None) -> list[Path]:
-    from pgshelf import backups
-
-    bundled = []
-    with contextlib.suppress(embedded.EmbeddedError):
-        bundled = [embedded.bin_dir(version) for version in sorted(embedded.VERSIONS)]
-    return backups.program_folders(pg_bin, os.environ.get("PATH", os.defpath), bundled)
-
-
-@main.command("backup")
-@click.option("--to", "to", type=click.Path(path_type=Path), help="Directory of backups (PGSHELF_BACKUP_DIRECTORY).")
-@click.option("--label", help="What to call it.")
-@click.option("--keep", type=click.IntRange(1), help="Delete all but the newest so many (PGSHELF_BACKUP_KEEP).")
-@click.option("--list", "listed", is_flag=True, help="List what is there instead of taking one.")
-@click.option("--job", is_flag=True, hidden=True, help="Take the backup that a service has begun, as its input says.")
-@DATA_DIR
-def backup_command(
-    to: Path | None, label: str | None, keep: int | None, listed: bool, job: bool, data_dir: Path | None
-) -> None:
-    """Copy the whole PostgreSQL server into a directory, with pg_basebackup, and check the copy."""
-    from pgshelf import backups
-
-    if job:
-        handed = msgspec.json.decode(sys.stdin.buffer.read(), type=backups.Job)
-        pg_bin = None if handed.pg_bin is None else Path(handed.pg_bin)
-        sys.exit(backups.take(handed, _program_folders(pg_bin), os.environ).state != "done")
-    settings = _settings(data_dir=data_dir, backup_directory=to, backup_keep=keep)
-    store = _backups(settings)
-    if listed:
-        for each in store.all():
-            click.echo(_described(each))
-        return
-    _exit_when_told()
-    with _database(settings) as (url, _):
-        try:
-            begun, lock = store.claim(label)
-        except (backups.BackupError, OSError) as error:
-            raise Failure(str(error)) from None
-        handed = backups.Job(
-            directory=str(store.directory),
-            backup=begun,
-            lock=lock,
-            url=settings.backup_url or url,
-            keep=settings.backup_keep,
-            archive=None if settings.wal_archive is None else str(settings.wal_archive),
-        )
-        taken = backups.take(handed, _program_folders(settings.pg_bin), os.environ)
-    if taken.state != "done":
-        raise Failure(f"the backup failed: {taken.error}")
-    click.echo(_described(taken))
-    click.echo(f"It is in {store.data(taken)}", err=True)
-
-
-def _backups(settings: Settings) -> Backups:
-    from pgshelf import backups
-
-    if settings.backup_directory is None:
-        raise Failure("say where backups are: --to DIRECTORY, or PGSHELF_BACKUP_DIRECTORY")
-    return backups.Backups(settings.backup_directory.resolve())
-
-
-def _described(backup: Backup) -> str:
-    size = "" if backup.bytes is None else f"  {backup.bytes / 1024**2:.0f} MB"
-    places = "" if backup.end_lsn is None else f"  {backup.start_lsn} to {backup.end_lsn} on timeline {backup.timeline}"
-    said = [f"{backup.id}  {backup.state}{size}{places}"]
-    said += [f"until {backup.finished_at:%Y-%m-%d %H:%M:%S%z}"] if backup.finished_at else []
-    return "  ".join([*said, *filter(None, [backup.label, backup.error])])
-
-
-@main.command("restore")
-@click.argument("backup", required=False)
-@click.option(
-    "--from", "source", type=click.Path(path_type=Path), help="Directory of backups (PGSHELF_BACKUP_DIRECTORY)."
-)
-@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="A new directory.")
-@click.option("--archive", type=click.Path(path_type=Path), help="Directory of archived WAL (PGSHELF_WAL_ARCHIVE).")
-@click.option("--to-time", "moment", callback=_moment_past, metavar="TIME", help="Recover to a time, with its zone.")
-@click.option("--to-lsn", "lsn", callback=_lsn, metavar="LSN", help="Recover to a place in the WAL.")
-@click.option("--to-name", "name", help="Recover to what pg_create_restore_point named.")
-def restore_command(
-    backup: str | None,
-    source: Path | None,
-    target: Path,
-    archive: Path | None,
-    moment: datetime | None,
-    lsn: str | None,
-    name: str | None,
-) -> None:
-    """Make a new server of BACKUP (its id; the newest that fits if absent), recovered to a moment if you say one.
-
-    Without one it is recovered as far as there is archived WAL, or, without an archive, to the end of the backup. Of a
-    bundled PostgreSQL a data directory is made, ready to serve; of another one the directory that it starts from.
-    """
-    from pgshelf import backups
-
-    settings = _settings(backup_directory=source, wal_archive=archive)
-    if sum(each is not None for each in (moment, lsn, name)) > 1:
-        raise Failure("choose one of --to-time, --to-lsn and --to-name")
-    if settings.wal_archive is None and (moment or lsn or name):
-        raise Failure("a moment is reached with archived WAL: say where it is with --archive, or PGSHELF_WAL_ARCHIVE")
-    archive = None if settings.wal_archive is None else settings.wal_archive.resolve()
-    recovery, target = backups.Recovery(moment, lsn, name, archive), target.resolve()
-    _exit_when_told()
-    try:
-        store = _backups(settings)
-        found = store.find(backup, recovery)
-        programs = backups.find_programs(_program_folders(settings.pg_bin), found.major)
-        if store.is_bundled(found):
-            _recover_bundled(store, found, target, programs, recovery)
-            return
-        backups.restore(store, found, target, programs)
-        backups.prepare(target, recovery)
-    except (backups.BackupError, embedded.EmbeddedError, OSError) as error:
-        raise Failure(str(error)) from None
-    click.echo(f"{found.id} is in {target}. PostgreSQL recovers it when it is started there, then takes writes:")
-    click.echo(f"  {programs / 'pg_ctl'} -D {target} start")
-
-
-def _recover_bundled(store: Backups, backup: Backup, target: Path, programs: Path, recovery: Recovery) -> None:
-    """Recover with the bundled server, once, and stop it; what it was told is forgotten at its next start."""
-    from pgshelf import backups, database
-
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    backups.restore(store, backup, target / "postgres", programs)
-    click.echo(f"{backup.id} is in {target}; recovering", err=True)
-    told = {**recovery.settings(), "hot_standby": "off"}  # nobody may come in before it is done
-    with embedded.start(target, backup.major, settings=told, timeout=RECOVERY_SECONDS) as server:
-        with database.connect(server.url(), "restore") as connection:
-            row = connection.execute("select pg_last_xact_replay_timestamp()").fetchone()
-    last = f", its last change is of {row[0].astimezone(UTC):%Y-%m-%d %H:%M:%S.%f} UTC" if row and row[0] else ""
-    click.echo(f"recovered{last}. Serve it: pgshelf serve --data-dir {target}")
-
-
 @main.command("doctor")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Data of the bundled PostgreSQL (PGSHELF_DATA_DIR).")
+@DATA_DIR
 @click.option("--providers", is_flag=True, help="Ask each embedder that is in use for one vector, too.")
 def doctor_command(data_dir: Path | None, providers: bool) -> None:
     """Look at the database and the settings, and say what to do."""
@@ -623,7 +325,7 @@ def doctor_command(data_dir: Path | None, providers: bool) -> None:
 
     settings = _settings(data_dir=data_dir)
     failed = False
-    with _database(settings) as (url, _):
+    with database_of(settings) as (url, _):
         for finding in doctor.examine(url, settings, ask=providers):
             failed |= finding.level == "fail"
             click.echo(f"{finding.level:<4}  {finding.text}")
@@ -647,7 +349,7 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
     from pgshelf import demo
     from pgshelf_client import Client
 
-    told = _exit_when_told()
+    told = exit_when_told()
     console, settings, library = Console(highlight=False), _settings(port=port), "python-docs"
     url, sensible = f"http://127.0.0.1:{settings.port}", 0
     console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")
@@ -670,18 +372,6 @@ def demo_command(keep: bool, port: int | None, data_dir: Path) -> None:
         raise SystemExit(143)
     if sensible < len(demo.QUESTIONS):
         raise Failure("some questions found nothing sensible")
-
-
-def _exit_when_told() -> threading.Event:
-    """End on SIGTERM as on Ctrl-C, with what was started; set in case that the exception got lost on its way."""
-    told = threading.Event()
-
-    def end(*_: object) -> None:
-        told.set()
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, end)
-    return told
 
 
 @contextlib.contextmanager
