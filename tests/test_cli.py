@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 
 import pgshelf
-from pgshelf import cli, embedded, migrate
+from pgshelf import cli, embedded, schema
 from pgshelf.cli import main
 from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
@@ -75,7 +75,7 @@ def tables(url: str) -> list[str]:
 def test_migrate_brings_a_database_up_to_date_and_takes_it_back(run: Run, empty_database_url: str) -> None:
     for _ in range(2):  # to repeat it is safe
         result = run("migrate", url=empty_database_url)
-        assert (result.exit_code, result.stdout) == (0, f"the schema pgshelf is at revision {migrate.head()}\n")
+        assert (result.exit_code, result.stdout) == (0, f"the schema pgshelf is at revision {schema.head()}\n")
         assert "chunks" in tables(empty_database_url)
     result = run("migrate", "--down-to", "base", url=empty_database_url)
     assert (result.exit_code, result.stdout) == (0, "the schema pgshelf is back at base\n")
@@ -119,7 +119,7 @@ def test_doctor_finds_a_good_database_good(run: Run, database_url: str) -> None:
     result = run("doctor", url=database_url, PGSHELF_WORKERS="2", PGSHELF_POOL_SIZE="7")
     assert (result.exit_code, lines(result, "fail")) == (0, [])
     good = "\n".join(lines(result, "ok"))
-    for part in ("PostgreSQL 1", f"revision {migrate.head()}", "role pgshelf_reader", "role pgshelf_writer",
+    for part in ("PostgreSQL 1", f"revision {schema.head()}", "role pgshelf_reader", "role pgshelf_writer",
                  "all indexes are valid", "0 chunks wait", "up to 14 connections"):  # fmt: skip
         assert part in good
 

@@ -20,7 +20,7 @@ from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 from psycopg import conninfo, sql
 
-from pgshelf import embedded, migrate
+from pgshelf import embedded, migrate, schema
 from pgshelf.cli import main
 from pgshelf.tables import metadata
 from tests.postgres import Choice, Databases, Server, on_database, start_server
@@ -29,8 +29,8 @@ ROLES = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service
 CLONE = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 Connect = Callable[[str], psycopg.Connection[Any]]
-HEAD = migrate.head()
-REVISIONS = [script.revision for script in ScriptDirectory(str(migrate.resource("migrations"))).walk_revisions()][::-1]
+HEAD = schema.head()
+REVISIONS = [script.revision for script in ScriptDirectory(str(schema.resource("migrations"))).walk_revisions()][::-1]
 VERSION = "select version_num from pgshelf.alembic_version"
 
 
@@ -224,7 +224,7 @@ def test_every_way_gives_the_same_database(cluster: Cluster, command: Callable[.
     for url in (by_alembic, by_dba, by_alembic_sql):
         assert dump(url, "--schema-only") == expected
         assert one(url, VERSION) == HEAD
-        assert one(url, "select sql_hash from pgshelf.installation") == migrate.sql_hash()
+        assert one(url, "select sql_hash from pgshelf.installation") == schema.sql_hash()
 
 
 def test_offline_statements_leave_no_setting_or_lock_behind(cluster: Cluster) -> None:
@@ -748,7 +748,7 @@ def test_an_owner_of_the_database_needs_no_superuser(cluster: Cluster, capfd: py
     for role in ROLES:
         assert f"role {role} is missing" in warned
         assert f"ask the DBA to run: create role {role} nologin; then run pgshelf migrate again" in warned
-    assert one(url, "select sql_hash from pgshelf.installation") == migrate.sql_hash()
+    assert one(url, "select sql_hash from pgshelf.installation") == schema.sql_hash()
     library(url)
     put(url, "a")
     assert rows(url, "select key from pgshelf.search('lib', '[1,0]')") == [("a",)]

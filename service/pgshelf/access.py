@@ -20,8 +20,8 @@ from sqlalchemy import ARRAY, ColumnElement, Text, cast, func
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import auditing, credentials, database, http
+from pgshelf.credentials import ROLES
 from pgshelf.errors import CODES, Problem, invalid
-from pgshelf.jwts import ROLES, Issuer
 from pgshelf.rates import Kind, Rates
 from pgshelf.settings import Settings, is_loopback, listed
 from pgshelf.tables import libraries
@@ -29,6 +29,8 @@ from pgshelf.timing import stage
 
 if TYPE_CHECKING:
     from litestar.types import ASGIApp, Receive, Scope, Send
+
+    from pgshelf.jwts import Issuer
 
 MOST = 100  # libraries that one request names
 # Where a request says which library it is about. `listed`: in the body's `libraries`. `named`: it is new, the body's
@@ -189,7 +191,11 @@ class Guard:
         self._settings, self._engine = settings, engine
         self._beside = beside or database.Beside(settings, url)
         self._rates = Rates(settings, url, opening)
-        self._issuer = Issuer(settings) if settings.jwt else None
+        self._issuer: Issuer | None = None
+        if settings.jwt:
+            from pgshelf.jwts import Issuer  # what checks signatures takes a while to load
+
+            self._issuer = Issuer(settings)
         self._public = public_scope(settings)
         self._hosts = allowed_hosts(settings)
         # settled for this process: open or closed; None is open until there is the first key

@@ -108,7 +108,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await guard.close()
         await answers.close()
         await providers.close()
-        await engine.dispose()
+        await database.close(engine)
         if traces is not None:
             await asyncio.to_thread(traces.close)  # it waits for the collector
 

@@ -70,12 +70,21 @@ def _settings(**overrides: Any) -> Settings:
     return settings
 
 
+NUMBERS = "PROMETHEUS_MULTIPROC_DIR"
+
+
 @contextlib.contextmanager
 def _shared_numbers() -> Iterator[None]:
     """A folder where the processes put their numbers together; prometheus-client looks for it when it is imported."""
     with tempfile.TemporaryDirectory(prefix="pgshelf-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        yield
+        before = os.environ.get(NUMBERS)
+        os.environ[NUMBERS] = folder
+        try:
+            yield
+        finally:
+            del os.environ[NUMBERS]
+            if before is not None:
+                os.environ[NUMBERS] = before
 
 
 @main.command()
@@ -298,7 +307,7 @@ def _banner(settings: Settings, server: embedded.EmbeddedServer | None, access: 
 @DATA_DIR
 def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) -> None:
     """Bring the schema `pgshelf` of the database up to date."""
-    from pgshelf import migrate
+    from pgshelf import migrate, schema
 
     settings = _settings(data_dir=data_dir)
     if as_sql:
@@ -307,7 +316,7 @@ def migrate_command(as_sql: bool, down_to: str | None, data_dir: Path | None) ->
     with database_of(settings) as (url, _):
         if down_to is None:
             migrated(url, settings)
-            click.echo(f"the schema pgshelf is at revision {migrate.head()}")
+            click.echo(f"the schema pgshelf is at revision {schema.head()}")
             return
         try:
             migrate.downgrade(url, down_to, vector_schema=settings.vector_schema)

@@ -1,4 +1,4 @@
-"""What keys and tokens look like: random, recognisable, with a checksum; pure."""
+"""What keys and tokens look like: random, recognisable, with a checksum; and their roles. Pure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ CHECKSUM = 6  # characters: a CRC-32
 # What a scanner looks for in sources and logs: pgs_ is a key, pgt_ a token made from one.
 FORM = re.compile(rf"pg[st]_[0-9A-Za-z]{{{RANDOM + CHECKSUM}}}")
 PREFIXES = {"key": "pgs_", "token": "pgt_"}
+ROLES = ("reader", "writer", "admin")  # each may do what those before it may
 
 
 class Minted(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -27,7 +27,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from pgshelf.consistency import Position, committed
 from pgshelf.errors import Problem
@@ -36,6 +36,7 @@ from pgshelf.timing import stage
 
 DIALECT = "postgresql+psycopg://"
 RETRIES = 3
+RETURNS = 5.0  # seconds for connections to come back when a pool is closed
 IDLE = 30.0  # seconds after which a connection is asked whether it still works
 T = TypeVar("T")
 RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
@@ -297,6 +298,15 @@ async def transaction(
         raise cause from None
 
 
+async def close(engine: AsyncEngine) -> None:
+    """Close a pool. What was cancelled a moment ago gives its connection back first, or nobody would close that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RETURNS):
+            while cast(QueuePool, engine.pool).checkedout():
+                await asyncio.sleep(0.01)
+    await engine.dispose()
+
+
 def renew(engine: AsyncEngine) -> None:
     """Replace all connections of a pool, each when it is next taken."""
     _renewals[engine.pool] += 1
@@ -392,7 +402,9 @@ async def retried(
             async with transaction(source, single=single, written=written) as connection:
                 return await work(connection)
         except psycopg.Error as error:
-            again = isinstance(error, RETRIED) or (attempt == 0 and _is_stale(error))
+            # a session that an administrator ended, as a server does that stops, has done nothing of this
+            ended = isinstance(error, psycopg.errors.AdminShutdown)
+            again = isinstance(error, RETRIED) or (attempt == 0 and (ended or _is_stale(error)))
             if not again or attempt == RETRIES - 1:
                 raise
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret

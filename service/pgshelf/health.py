@@ -10,7 +10,7 @@ import psycopg
 from litestar import Response, Router, get
 from msgspec import Meta
 
-from pgshelf import __version__, database, migrate
+from pgshelf import __version__, database, schema
 from pgshelf.errors import Problem
 from pgshelf.http import Config, Reader, problems
 from pgshelf.settings import Settings
@@ -53,7 +53,7 @@ class Ready(msgspec.Struct):
 @functools.cache
 def expected() -> tuple[str, str]:
     """The revision and the fingerprint of sql/ that this code was made for."""
-    return migrate.head(), migrate.sql_hash()
+    return schema.head(), schema.sql_hash()
 
 
 async def check(reader: database.Source, settings: Settings) -> Checks:
@@ -110,7 +110,7 @@ async def errors() -> Response[bytes]:
 
 @functools.cache
 def _errors_page() -> bytes:
-    return (migrate.resource("docs") / "errors.md").read_bytes()
+    return (schema.resource("docs") / "errors.md").read_bytes()
 
 
 router = Router("/", route_handlers=[health, ready, errors], tags=["health"])

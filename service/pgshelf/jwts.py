@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt.types import Options
 
+from pgshelf.credentials import ROLES
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings, listed
 
 log = logging.getLogger("pgshelf")
-ROLES = ("reader", "writer", "admin")  # each may do what those before it may
 LONGEST = 8192  # characters of a token
 LEEWAY = 30  # seconds that clocks may differ
 FRESH = 300.0  # seconds until the keys are fetched anew

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -21,6 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from pgshelf import database
+from pgshelf.schema import head, resource, sql_files, sql_hash
 from pgshelf.settings import Settings
 from pgshelf.tables import XID8, metadata
 
@@ -37,32 +36,6 @@ GUARDS = (
 
 class MigrationError(CommandError):
     """The database could not be migrated; the message says why and what to do."""
-
-
-def resource(name: str) -> Path:
-    """The folder `migrations`, `sql` or `docs`: inside the installed package, or at the top of a checkout."""
-    packaged = Path(__file__).parent / name
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / name
-
-
-def sql_files() -> list[Path]:
-    """The files of sql/ in the order in which they are applied."""
-    return sorted(resource("sql").glob("*.sql"))
-
-
-def sql_hash() -> str:
-    """Fingerprint of sql/: the database remembers the one that was applied last."""
-    digest = hashlib.sha256()
-    for file in sql_files():
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def head() -> str:
-    """The newest revision of this code."""
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory(str(resource("migrations"))).get_current_head() or ""
 
 
 def upgrade(url: str, revision: str = "head", *, vector_schema: str = "public", warn: bool = True) -> None:

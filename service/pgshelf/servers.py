@@ -315,7 +315,7 @@ class Replica(Server):
         """Give back what it holds."""
         await super().close()
         await self.beside.close()
-        await self.engine.dispose()
+        await database.close(self.engine)
 
 
 def _open_connections(engine: AsyncEngine) -> set[database.Connection]:

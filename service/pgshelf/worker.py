@@ -140,7 +140,7 @@ async def alone(settings: Settings, stopped: asyncio.Event) -> None:
             await stopped.wait()
     finally:
         await providers.close()
-        await engine.dispose()
+        await database.close(engine)
 
 
 @contextlib.asynccontextmanager

@@ -228,11 +228,10 @@ async def test_a_standby_far_behind_is_left(cluster: Cluster, serve: Serve) -> N
             before = reads(victim)
             for _ in range(4):
                 await search(client, made)
-            return reads(victim) == before
+            text = (await client.get("/metrics")).text
+            return reads(victim) == before and f'pgshelf_replica_up{{server="{name(victim)}"}} 0.0' in text
 
         await until(away)
-        text = (await client.get("/metrics")).text
-        assert f'pgshelf_replica_up{{server="{name(victim)}"}} 0.0' in text
     finally:
         victim.ask("select pg_wal_replay_resume()")
     cluster.caught_up()

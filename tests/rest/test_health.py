@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import psycopg
 
-from pgshelf import __version__, migrate
+from pgshelf import __version__, migrate, schema
 from tests.rest.asking import ok, problem
 
 
@@ -15,7 +15,7 @@ async def test_health_and_readiness(client: httpx2.AsyncClient) -> None:
     assert ok(await client.get("/health")) == {"status": "ok", "version": __version__}
     ready = ok(await client.get("/ready"))
     assert ready["status"] == "ready"
-    assert (ready["checks"]["database"], ready["checks"]["schema"]) == ("ok", migrate.head())
+    assert (ready["checks"]["database"], ready["checks"]["schema"]) == ("ok", schema.head())
     assert ready["checks"]["pgvector"].startswith("0.")
 
 
