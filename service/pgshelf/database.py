@@ -10,7 +10,7 @@ import random
 import select
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -92,10 +92,30 @@ class Connection(psycopg.AsyncConnection[Any]):
         # the function's name, for the message is in the server's language
         self.unconfirmed |= notice.source_function == "SyncRepWaitForLSN"
 
+    # SQLAlchemy sets these of a connection that it takes out of its pool, and loses it where that is cancelled
+    async def set_autocommit(self, value: bool) -> None:
+        """Without giving way to others, as psycopg does on a busy loop: it asks the server nothing."""
+        _at_once(super().set_autocommit(value))
+
+    async def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """Likewise."""
+        _at_once(super().set_isolation_level(value))
+
     def cut(self) -> None:
         """End it at once, from outside: whoever waits for its answer learns that it is lost."""
         with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as beside:
             beside.shutdown(socket.SHUT_RDWR)
+
+
+def _at_once(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        while work.send(None) is None:
+            pass
+    except StopIteration:
+        return
+    finally:
+        work.close()
+    raise RuntimeError("somebody else uses the connection")
 
 
 def migration_engine(url: str) -> sqlalchemy.Engine:
@@ -302,7 +322,7 @@ async def close(engine: AsyncEngine) -> None:
     """Close a pool. What was cancelled a moment ago gives its connection back first, or nobody would close that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RETURNS):
-            while cast(QueuePool, engine.pool).checkedout():
+            while cast(QueuePool, engine.pool).checkedout():  # noqa: ASYNC110 - a pool has no event for it
                 await asyncio.sleep(0.01)
     await engine.dispose()
 

@@ -28,6 +28,8 @@ from pgshelf.embedded import EmbeddedServer
 from tests.replication.servers import FAST, folder, wait_until
 from tests.rest.asking import ok, problem
 
+pytestmark = pytest.mark.xdist_group("replication")
+
 WROTE = "select array_agg(name order by name) from pgshelf.keys"
 
 
@@ -357,13 +359,15 @@ async def test_over_rest(shelf: Shelf, make_settings: Any, make_client: Any) -> 
     assert ok(await client.get("/v1/replication/backups")) == {"items": [], "next": None}
     begun = ok(await client.post("/v1/replication/backups", json={"label": "by hand"}), 202)
     assert (begun["state"], begun["label"], begun["bytes"]) == ("running", "by hand", None)
-    assert problem(await client.post("/v1/replication/backups", json={}), 409, "backup_running")["detail"]
     noted = "select count(*)::int from pgshelf.audit_log where (action, outcome) = ('backup.start', 'done')"
     assert ask(shelf.server.url(), noted) == 1
     found = await ended(client)
     [backup] = Backups(shelf.place / "rest").all()
     assert found == [msgspec.to_builtins(backup)]
     assert (backup.state, backup.id, backup.error) == ("done", begun["id"], None)
+    other, lock = Backups(shelf.place / "rest").claim("of another process")
+    assert problem(await client.post("/v1/replication/backups", json={}), 409, "backup_running")["detail"]
+    Backups(shelf.place / "rest").abandon(other, lock)
 
 
 async def ended(client: httpx2.AsyncClient) -> list[dict[str, Any]]:

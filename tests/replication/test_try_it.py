@@ -11,8 +11,11 @@ from pathlib import Path
 
 import httpx2
 import psutil
+import pytest
 
 from tests.rest.asking import ok
+
+pytestmark = pytest.mark.xdist_group("replication")
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from typing import Any
 
 import psycopg
+import pytest
 
-from pgshelf import migrate
+from pgshelf import database, migrate
 
 DOCUMENT = {"chunks": [{"text": "one", "embedding": [1.0, 0.0]}]}
 LIBRARY = {"name": "a", "dimension": 2, "embedder": {"provider": "none"}}
@@ -64,3 +67,23 @@ async def test_if_match_any_wants_a_document_and_a_post_honours_it(client: Any) 
     assert (stale.status_code, stale.json()["code"]) == (409, "version_mismatch")
     current = await client.post(path, json={**DOCUMENT, "key": "k"}, headers={"If-Match": '"2"'})
     assert current.status_code == 200
+
+
+async def test_what_is_cancelled_gives_its_connection_back(
+    database_url: str, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is at that time, also where psycopg gives way to others because the loop is busy."""
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", -1.0)
+    engine = database.make_engine(make_settings(database_url, pool_size=1), database_url)
+    try:
+        await database.run(engine, "select 1")
+        for steps in range(12):
+            asking = asyncio.create_task(database.run(engine, "select 1"))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            gc.collect()  # a connection that was lost would be complained about here
+            assert await asyncio.wait_for(database.run(engine, "select 1"), 5) == [(1,)]
+    finally:
+        await database.close(engine)
