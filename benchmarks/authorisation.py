@@ -8,14 +8,9 @@ column says more: the stages that the second service timed itself, `auth` agains
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +19,13 @@ import numpy as np
 import psycopg
 from psycopg.types.json import Jsonb
 
+from benchmarks._serving import serving
 from pgshelf import credentials, embedded, migrate
 
 LIMIT = 1.10
 DIMENSION = 256
 PORT = 18432
+SEARCHED = {"CACHE_BYTES": "0"}  # an answer that is kept is no search
 
 
 def main() -> None:
@@ -43,10 +40,13 @@ def main() -> None:
             url = server.url()
             migrate.upgrade(url, warn=False)
             keys = fill(url, options.chunks)
-            with serving(url, PORT, "off") as without, serving(url, PORT + 1, "on") as asked:
+            with (
+                serving(url, PORT, **SEARCHED, AUTH="off") as without,
+                serving(url, PORT + 1, **SEARCHED, AUTH="on") as asked,
+            ):
                 measure(without, asked, keys, options.rounds)
             in_sql(url, options.rounds)
-            with serving(url, PORT, "off", audit="false") as plain, serving(url, PORT + 1, "off") as audited:
+            with serving(url, PORT, AUTH="off", AUDIT="false") as plain, serving(url, PORT + 1, AUTH="off") as audited:
                 writes(plain, audited, options.rounds)
         finally:
             server.stop()
@@ -83,30 +83,6 @@ def fill(url: str, chunks: int) -> dict[str, str]:
         connection.execute("select pgshelf.issue_token(%s, %s, %s, %s, %s, %s::interval)", given)
         connection.execute("vacuum analyze")
     return {name: each.secret for name, each in made.items()} | {"token": token.secret}
-
-
-@contextlib.contextmanager
-def serving(url: str, port: int, auth: str, audit: str = "true", **more: str) -> Iterator[str]:
-    """A service of one process, if `more` says nothing else, that asks for keys, or does not."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
-    environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_AUTH": auth, "PGSHELF_WORKERS": "1"}
-    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port), "PGSHELF_AUDIT": audit, **more}
-    command = [sys.executable, "-m", "pgshelf.cli", "serve"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{address}/ready").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not become ready")
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def measure(without: str, asked: str, keys: dict[str, str], rounds: int) -> None:

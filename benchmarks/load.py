@@ -28,7 +28,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from benchmarks import _corpus
-from benchmarks.authorisation import serving
+from benchmarks._serving import serving
 from pgshelf import credentials
 from pgshelf.embedders import described
 from pgshelf.embedders.local import LocalEmbedder
@@ -55,8 +55,8 @@ def main() -> None:
         data = options.keep or Path(folder) / "data.json"
         data.write_text(json.dumps({**sent(corpus), "key": fill(connection, corpus)}))
         for workers in options.workers:
-            more = {"PGSHELF_WORKERS": str(workers), "PGSHELF_WORKER_ENABLED": "true"}
-            with serving(connection.info.dsn, PORT, "on", **more) as address:
+            settings = {"AUTH": "on", "WORKERS": str(workers), "WORKER_ENABLED": "true"}
+            with serving(connection.info.dsn, PORT, **settings) as address:
                 run = Run(address, data, workers)
                 run.locust("Searchers", options.searchers, 5)  # warms up
                 for kind, users, seconds in (

@@ -8,13 +8,8 @@ once more after something was changed. Medians in milliseconds, from end to end.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -23,6 +18,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from benchmarks import _corpus
+from benchmarks._serving import serving
 from pgshelf.embedders import described
 from pgshelf.embedders.local import LocalEmbedder
 
@@ -44,33 +40,8 @@ def main() -> None:
         seconds = _corpus.index(connection, LIBRARY, {"type": "hnsw"})
         print(f"{corpus.name}: {len(corpus.texts)} chunks, index built in {seconds:.0f} s", flush=True)
         url = connection.info.dsn
-        with serving(url, PORT, 0) as without, serving(url, PORT + 1, 2**26) as kept:
+        with serving(url, PORT, CACHE_BYTES="0") as without, serving(url, PORT + 1) as kept:
             measure(connection, without, kept, corpus, options)
-
-
-@contextlib.contextmanager
-def serving(url: str, port: int, room: int) -> Iterator[str]:
-    """A service of one process that keeps so many bytes of answers."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
-    environment |= {"PGSHELF_DATABASE_URL": url, "PGSHELF_CACHE_BYTES": str(room), "PGSHELF_WORKERS": "1"}
-    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_PORT": str(port)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pgshelf.cli", "serve"], env=environment, stdout=subprocess.DEVNULL
-    )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{address}/ready").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not become ready")
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def questions(corpus: _corpus.Corpus, count: int) -> dict[str, list[dict[str, Any]]]:

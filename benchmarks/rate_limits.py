@@ -8,28 +8,30 @@ services with a low limit are asked as fast as they answer.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import numpy as np
 import psycopg
 
+from benchmarks._serving import serving
 from pgshelf import embedded, migrate
 from pgshelf.rates import quotas
 from pgshelf.settings import Settings
 
 DIMENSION = 256
 PORT = 18442
+OPEN = {
+    "AUTH": "off",
+    "EMBEDDER": "none",
+    "CACHE_BYTES": "0",
+    "TRUSTED_PROXIES": "127.0.0.1",
+}  # answers that are kept cost nothing
 SEARCH = "/v1/libraries/docs/search"
 FILL = """
 with l as (insert into pgshelf.libraries (name, dimension, embedder, chunking)
@@ -63,47 +65,19 @@ def main() -> None:
                 connection.execute(FILL, {"d": DIMENSION, "n": options.chunks})
                 connection.execute(CHUNKS, [DIMENSION])
                 connection.execute("vacuum analyze")
-            with serving(url, PORT) as without, serving(url, PORT + 1, PGSHELF_RATE_LIMIT_SEARCH="100000/s") as limited:
+            with (
+                serving(url, PORT, **OPEN) as without,
+                serving(url, PORT + 1, **OPEN, RATE_LIMIT_SEARCH="100000/s") as limited,
+            ):
                 cost(without, limited, options.rounds)
             for preset in ("team", "public"):
                 with (
-                    serving(url, PORT, PGSHELF_RATE_LIMITS=preset) as one,
-                    serving(url, PORT + 1, PGSHELF_RATE_LIMITS=preset) as two,
+                    serving(url, PORT, **OPEN, RATE_LIMITS=preset) as one,
+                    serving(url, PORT + 1, **OPEN, RATE_LIMITS=preset) as two,
                 ):
                     kept([one, two], url, preset, options.seconds)
         finally:
             server.stop()
-
-
-@contextlib.contextmanager
-def serving(url: str, port: int, **settings: str) -> Iterator[str]:
-    """A service of one process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
-    environment |= {
-        "PGSHELF_DATABASE_URL": url,
-        "PGSHELF_AUTH": "off",
-        "PGSHELF_WORKERS": "1",
-        "PGSHELF_PORT": str(port),
-    }
-    environment |= {"PGSHELF_WORKER_ENABLED": "false", "PGSHELF_EMBEDDER": "none", **settings}
-    environment |= {"PGSHELF_TRUSTED_PROXIES": "127.0.0.1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pgshelf.cli", "serve"], env=environment, stdout=subprocess.DEVNULL
-    )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{address}/ready").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not become ready")
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def cost(without: str, limited: str, rounds: int) -> None:

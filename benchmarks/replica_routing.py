@@ -7,26 +7,23 @@ Both services have one process. The standby is one, so both ask the same server 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
 
+from benchmarks._serving import serving
 from pgshelf import migrate
 from tests.replication.cluster import Cluster
 
 LIMIT = 1.05
 DIMENSION = 256
 PORT = 18442
+PLAIN = {"AUTH": "off", "EMBEDDER": "none", "CACHE_BYTES": "0"}
 TOKEN = "Pgshelf-Consistency-Token"  # noqa: S105 - a header
 
 
@@ -42,8 +39,8 @@ def main() -> None:
             migrate.upgrade(cluster.primary.url, warn=False)
             standby = cluster.standbys[0].url
             with (
-                serving(PORT, DATABASE_URL=standby) as direct,
-                serving(PORT + 1, DATABASE_URL=cluster.primary.url, REPLICA_URL=standby) as routed,
+                serving(standby, PORT, **PLAIN) as direct,
+                serving(cluster.primary.url, PORT + 1, **PLAIN, REPLICA_URL=standby) as routed,
             ):
                 token = fill(routed, options.chunks)
                 cluster.caught_up()
@@ -63,38 +60,6 @@ def fill(address: str, chunks: int) -> str:
             written = client.put(f"/libraries/bench/documents/d{start}", json={"chunks": parts})
             written.raise_for_status()
     return str(written.headers[TOKEN])
-
-
-@contextlib.contextmanager
-def serving(port: int, **settings: str) -> Iterator[str]:
-    """A service of one process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
-    known = {
-        "AUTH": "off",
-        "WORKERS": "1",
-        "WORKER_ENABLED": "false",
-        "EMBEDDER": "none",
-        "CACHE_BYTES": "0",
-        "PORT": str(port),
-        **settings,
-    }
-    environment |= {f"PGSHELF_{name}": value for name, value in known.items()}
-    command = [sys.executable, "-m", "pgshelf.cli", "serve"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{address}/ready").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not become ready")
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def measure(direct: str, routed: str, token: str, rounds: int) -> None:
