@@ -209,9 +209,7 @@ async def test_a_replica_that_lags_says_so_and_takes_itself_out(
         standby.wait_for(primary)
         ok(await far.get("/ready"))
         standby.query("select pg_wal_replay_pause()")
-        primary.query(
-            "create table public.bulk as select repeat(md5(n::text), 10) as t from generate_series(1, 3000) n"
-        )
+        primary.query("select pg_logical_emit_message(true, 'test', repeat('x', 1000000))")
         try:
             wait_until(
                 lambda: standby.one(
@@ -334,7 +332,7 @@ async def test_one_that_is_away_is_known_by_its_slot(
     standby.stop()
     try:
         wait_until(lambda: primary.one("select not active from pg_replication_slots"))
-        primary.query("insert into public.bulk values ('more')")
+        primary.query("select pg_logical_emit_message(true, 'test', 'more')")
         own = one(
             primary.url,
             "select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint as kept from pg_replication_slots",
