@@ -1,7 +1,7 @@
 """`make soak`: kills -9 of all kinds, failovers, outages of a provider, a change feed and a query cache under writers,
 repeated requests, probes, slow clients, hostile texts.
 
-All with seeds. A part of it: `make soak ARGS="--kills 0 --moves 0 --feed 0 --repeats 0 --provider 20 --probes 0"`.
+All with seeds. A part of it: `make soak ARGS="--only provider probes --provider 20"`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import psutil
@@ -182,76 +183,85 @@ async def inject(share: float, seed: int, version: int) -> None:
     print(f"nothing happened\n{corpus.figures()}\n{(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
 
 
-def replicated(options: argparse.Namespace) -> None:
-    """A service over a primary and two standbys."""
-    seed, version = options.seed, options.version
-    if options.read_your_writes:
-        print(f"seed {seed}: {options.read_your_writes} writes and reads on standbys that are late", flush=True)
-        print(asyncio.run(replicas.read_your_writes(options.read_your_writes, seed, version)), flush=True)
-    for synchronous in (True, False):
-        times = options.failovers // 2 + (options.failovers % 2 if synchronous else 0)
-        if times:
-            print(f"seed {seed}: {times} failovers, synchronous: {synchronous}", flush=True)
-            print(asyncio.run(replicas.failovers(times, seed, version, synchronous)), flush=True)
-    if options.standby_churn:
-        print(f"seed {seed}: {options.standby_churn} searches of standbys under churn", flush=True)
-        print(asyncio.run(replicas.churn(options.standby_churn, seed, version)), flush=True)
+def read_back(pairs: int, seed: int, version: int) -> None:
+    print(f"seed {seed}: {pairs} writes and reads on standbys that are late", flush=True)
+    print(asyncio.run(replicas.read_your_writes(pairs, seed, version)), flush=True)
+
+
+def fail_over(times: int, seed: int, version: int) -> None:
+    for synchronous, share in ((True, times - times // 2), (False, times // 2)):
+        if share:
+            print(f"seed {seed}: {share} failovers, synchronous: {synchronous}", flush=True)
+            print(asyncio.run(replicas.failovers(share, seed, version, synchronous)), flush=True)
+
+
+def churn(searches: int, seed: int, version: int) -> None:
+    print(f"seed {seed}: {searches} searches of standbys under churn", flush=True)
+    print(asyncio.run(replicas.churn(searches, seed, version)), flush=True)
+
+
+def away_each_way(minutes: float, version: int) -> None:
+    for kind in outage.KINDS:
+        asyncio.run(away(kind, minutes, version))
+
+
+class Part(NamedTuple):
+    """Something to try for a while: how much of it there is, 0 for none of it."""
+
+    amount: float
+    help: str
+    run: Callable[[Any, argparse.Namespace], Any]
+
+
+PARTS = {
+    "kills": Part(50, "during ingestion", lambda n, o: asyncio.run(ingest(n, o.seed, o.version, o.minutes))),
+    "moves": Part(
+        20,
+        "kills while a library moves and its index is built",
+        lambda n, o: move(n, o.seed, o.version, o.minutes),
+    ),
+    "changes": Part(
+        20, "kills while embedders of libraries change", lambda n, o: change(n, o.seed, o.version, o.minutes)
+    ),
+    "feed": Part(60, "seconds that the change feed is written and followed", lambda n, o: feed(n, o.seed, o.version)),
+    "repeats": Part(1000, "writes whose answers are dropped", lambda n, o: answers(n, o.seed, o.version)),
+    "cache": Part(
+        50_000,
+        "reads of the query cache under writers",
+        lambda n, o: cached(n, o.seed, o.version, o.minutes, o.broken_cache),
+    ),
+    "provider": Part(100, "kills while a faulty provider embeds", lambda n, o: embed(n, o.seed, o.version, o.minutes)),
+    "probes": Part(10_000, "of libraries that a caller does not see", lambda n, o: cross(n, o.seed, o.version)),
+    "outage": Part(3.0, "minutes for which a provider is away, in each way", lambda n, o: away_each_way(n, o.version)),
+    "slow-clients": Part(
+        10_000, "connections one after another, and slow ones", lambda n, o: asyncio.run(crowded(n, o.version))
+    ),
+    "injection": Part(
+        1.0,
+        "share of the hostile texts that each place gets",
+        lambda n, o: asyncio.run(inject(n, o.seed, o.version)),
+    ),
+    "read-your-writes": Part(20_000, "pairs on standbys that are late", lambda n, o: read_back(n, o.seed, o.version)),
+    "failovers": Part(
+        20, "kills of the primary, half of them synchronous", lambda n, o: fail_over(n, o.seed, o.version)
+    ),
+    "standby-churn": Part(500_000, "searches of standbys under vacuum", lambda n, o: churn(n, o.seed, o.version)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="during ingestion")
-    parser.add_argument("--moves", type=int, default=20, help="kills while a library moves and its index is built")
-    parser.add_argument("--changes", type=int, default=20, help="kills while embedders of libraries change")
-    parser.add_argument("--feed", type=float, default=60, help="seconds that the change feed is written and followed")
-    parser.add_argument("--repeats", type=int, default=1000, help="writes whose answers are dropped")
-    parser.add_argument("--cache", type=int, default=50_000, help="reads of the query cache under writers")
+    for name, part in PARTS.items():
+        parser.add_argument(f"--{name}", type=type(part.amount), default=part.amount, help=part.help)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="these parts and no other")
     parser.add_argument("--broken-cache", action="store_true", help="as if no state ever changed: must fail")
-    parser.add_argument("--provider", type=int, default=100, help="kills while a faulty provider embeds")
-    parser.add_argument("--outage", type=float, default=3, help="minutes for which a provider is away, in each way")
-    parser.add_argument("--probes", type=int, default=10_000, help="of libraries that a caller does not see")
-    parser.add_argument(
-        "--slow-clients",
-        type=int,
-        nargs="?",
-        const=10_000,
-        default=10_000,
-        help="connections one after another, and slow ones",
-    )
-    parser.add_argument(
-        "--injection", type=float, nargs="?", const=1, default=1, help="share of the hostile texts that each place gets"
-    )
-    parser.add_argument("--read-your-writes", type=int, default=20_000, help="pairs on standbys that are late")
-    parser.add_argument("--failovers", type=int, default=20, help="kills of the primary, half of them synchronous")
-    parser.add_argument("--standby-churn", type=int, default=500_000, help="searches of standbys under vacuum")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--version", type=int, choices=(16, 18), default=18, help="of the bundled PostgreSQL")
     parser.add_argument("--minutes", type=float, default=15, help="fail when either takes longer")
     options = parser.parse_args()
-    if options.kills:
-        asyncio.run(ingest(options.kills, options.seed, options.version, options.minutes))
-    if options.moves:
-        move(options.moves, options.seed, options.version, options.minutes)
-    if options.changes:
-        change(options.changes, options.seed, options.version, options.minutes)
-    if options.feed:
-        feed(options.feed, options.seed, options.version)
-    if options.repeats:
-        answers(options.repeats, options.seed, options.version)
-    if options.cache:
-        cached(options.cache, options.seed, options.version, options.minutes, options.broken_cache)
-    if options.provider:
-        embed(options.provider, options.seed, options.version, options.minutes)
-    if options.probes:
-        cross(options.probes, options.seed, options.version)
-    if options.outage:
-        for kind in outage.KINDS:
-            asyncio.run(away(kind, options.outage, options.version))
-    if options.slow_clients:
-        asyncio.run(crowded(options.slow_clients, options.version))
-    if options.injection:
-        asyncio.run(inject(options.injection, options.seed, options.version))
-    replicated(options)
+    for name in options.only:
+        if amount := getattr(options, name.replace("-", "_")):
+            PARTS[name].run(amount, options)
 
 
 if __name__ == "__main__":
