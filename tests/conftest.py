@@ -28,6 +28,8 @@ from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose,
 READY_SECONDS = 60.0
 CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
+WATCHED = pytest.StashKey[bool]()
+WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,6 +70,30 @@ def pytest_configure_node(node: Any) -> None:
     server = _server(node.config)
     choice = {"kind": server.choice.kind, "version": server.choice.version, "dsn": server.choice.dsn}
     node.workerinput["pgshelf_server"] = {"choice": choice, "admin_url": server.admin_url}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage watches a test's first case, and nothing that is marked: being watched doubles what Python takes."""
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        test = (str(item.path), getattr(item, "originalname", item.name))
+        item.stash[WATCHED] = test not in seen and item.get_closest_marker("unwatched") is None
+        seen.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    if coverage is None or not coverage.started or item.stash[WATCHED]:
+        return (yield)
+    processes = os.environ.pop(WATCHED_PROCESSES, None)
+    coverage.pause()
+    try:
+        return (yield)
+    finally:
+        coverage.resume()
+        if processes is not None:
+            os.environ[WATCHED_PROCESSES] = processes
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

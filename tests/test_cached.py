@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from tests.conftest import MakeLiveServer
 from tests.soak.cached import PROCESSES, consistency
 
 
+@pytest.mark.unwatched
 def test_no_answer_is_stale(database_url: str, make_live_server: MakeLiveServer) -> None:
     """And the test would notice: where the state is always the same, it finds stale answers."""
     server = make_live_server(database_url, "--workers", str(PROCESSES), PGSHELF_EMBEDDER="none")

@@ -22,6 +22,7 @@ PUT = """select pgshelf.put_document('notes', key => %s, texts => array['text'],
 READ = "select position, key from pgshelf.changes('notes')"
 
 
+@pytest.mark.unwatched
 def test_sixteen_writers_and_a_reader_that_misses_and_repeats_nothing(
     database_url: str, make_live_server: MakeLiveServer
 ) -> None:

@@ -206,6 +206,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize(("size", "overlap"), [(1200, 0), (60, 59)])
+@pytest.mark.unwatched
 def test_a_megabyte_of_anything_takes_seconds(name, size, overlap):
     text = HOSTILE[name]
     began = time.process_time()

@@ -11,6 +11,7 @@ SEED = 20260
 
 
 @pytest.mark.xdist_group("crash")  # it measures recovery; two at once would measure each other
+@pytest.mark.unwatched
 async def test_nothing_answered_is_lost_and_nothing_is_there_in_part(postgres_version: int) -> None:
     print(f"seed {SEED}")
     with service(postgres_version if postgres_version in embedded.VERSIONS else 18) as target:

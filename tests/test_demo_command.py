@@ -47,6 +47,7 @@ def demo() -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
             process.wait()
 
 
+@pytest.mark.unwatched
 def test_the_demo_answers_its_questions_and_its_lines_work_as_pasted(
     demo: tuple[subprocess.Popen[bytes], Path],
 ) -> None:

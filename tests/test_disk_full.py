@@ -71,6 +71,7 @@ def line(number: int) -> bytes:
     )
 
 
+@pytest.mark.unwatched
 async def test_disk_full_in_the_middle_of_an_import(
     small_disk: Path, database_on_it: str, make_settings: MakeSettings, make_client: MakeClient
 ) -> None:

@@ -63,6 +63,7 @@ def counted(documents: list[Document], name: str) -> Counter[str]:
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.unwatched
 def test_facets_are_what_the_documents_hold(connection: Connection, state: str) -> None:
     attributes, ready = STATES[state]
 

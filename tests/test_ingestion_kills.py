@@ -13,6 +13,7 @@ SEED = 20264
 
 
 @pytest.mark.xdist_group("crash")  # as tests/test_crash.py: two at once would measure each other
+@pytest.mark.unwatched
 def test_what_was_acknowledged_is_embedded_once_whoever_is_killed(postgres_version: int, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     with kills(postgres_version if postgres_version in embedded.VERSIONS else 18, SEED, tmp_path) as target:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
 from tests.rest.asking import bearer, key, ok
 from tests.soak.hostile import NUMBERS, TEXTS
 from tests.soak.injection import Corpus
@@ -12,6 +14,7 @@ from tests.soak.injection import Corpus
 SEED, SHARE = 5, 0.01
 
 
+@pytest.mark.unwatched
 async def test_no_text_does_anything(database_url: str, make_settings: Any, make_client: Any) -> None:
     client = await make_client(
         make_settings(database_url, auth="on", worker_enabled=False), headers=bearer(key(database_url, "root", "admin"))

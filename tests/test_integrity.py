@@ -655,6 +655,7 @@ def look(by: Session) -> tuple[list[str], list[int]]:
 
 
 @pytest.mark.xdist_group("many shelves")
+@pytest.mark.unwatched
 def test_a_claim_touches_no_shelf_where_nothing_waits(many_shelves: Session) -> None:
     assert many_shelves.one(WAITING) == 0
     assert look(many_shelves) == ([], [])
@@ -672,6 +673,7 @@ def test_a_claim_touches_no_shelf_where_nothing_waits(many_shelves: Session) -> 
 
 
 @pytest.mark.xdist_group("many shelves")
+@pytest.mark.unwatched
 def test_a_claim_looks_at_a_bounded_number_of_shelves(many_shelves: Session) -> None:
     """After a long pause of every worker all leases are over at once; a transaction cannot hold a thousand shelves."""
     many_shelves.do("delete from pgshelf.chunks where embedding is null")

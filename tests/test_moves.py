@@ -20,6 +20,7 @@ SEED = 20261
 
 
 @pytest.mark.xdist_group("crash")  # it measures recovery; two at once would measure each other
+@pytest.mark.unwatched
 def test_a_library_that_moves_loses_and_doubles_nothing(postgres_version: int) -> None:
     print(f"seed {SEED}")
     with moving(postgres_version if postgres_version in embedded.VERSIONS else 18, SEED, SMALL) as moves:
@@ -53,6 +54,7 @@ async def test_a_crash_that_takes_the_statistics_keeps_no_library_from_moving_ba
 
 
 @pytest.mark.parametrize("to", ["own", "shared"])
+@pytest.mark.unwatched
 async def test_an_import_goes_on_while_its_library_moves(
     database_url: str, make_settings: MakeSettings, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:

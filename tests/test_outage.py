@@ -20,6 +20,7 @@ def provider() -> Iterator[Provider]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.unwatched
 async def test_what_needs_no_provider_goes_on_without_it(
     kind: str,
     provider: Provider,

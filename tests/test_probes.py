@@ -15,6 +15,7 @@ from tests.roles import logins
 SEED = 20_261
 
 
+@pytest.mark.unwatched
 async def test_probes_find_nothing_beyond_the_border(
     database_url: str, make_settings: Any, make_client: MakeClient, vector_schema: str
 ) -> None:

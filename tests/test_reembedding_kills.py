@@ -11,6 +11,7 @@ SEED = 20262
 
 
 @pytest.mark.xdist_group("crash")  # it measures recovery; two at once would measure each other
+@pytest.mark.unwatched
 def test_libraries_whose_embedder_changes_lose_and_mix_nothing(postgres_version: int) -> None:
     print(f"seed {SEED}")
     with changing(postgres_version if postgres_version in embedded.VERSIONS else 18, SEED) as changes:

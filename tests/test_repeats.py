@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from tests.conftest import LiveServer
 from tests.soak.repeats import repeat
 
 
+@pytest.mark.unwatched
 async def test_what_is_sent_again_takes_effect_once(live_server: LiveServer) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")

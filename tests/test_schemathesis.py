@@ -14,6 +14,7 @@ from tests.rest.asking import key
 HERE = Path(__file__).parent
 
 
+@pytest.mark.unwatched
 def test_the_api_is_what_its_schema_says(
     database_url: str, make_live_server: MakeLiveServer, pytestconfig: pytest.Config, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from tests.soak.slow_clients import KINDS, all_of_it
 SIZE = {"documents": 400, "each": 12, "half_open": 50, "in_turn": 200, "at_once": 100, "readers": 8, "reading": 0}
 
 
+@pytest.mark.unwatched
 async def test_others_are_served_all_the_while(database_url: str, make_live_server: MakeLiveServer) -> None:
     server = make_live_server(
         database_url,

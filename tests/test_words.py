@@ -244,14 +244,15 @@ def test_the_ranking_is_bm25(db: Connection, texts: list[str], query: list[str],
 
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
+@pytest.mark.unwatched
 def test_every_way_to_the_rows_finds_the_best(
     db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, name: str, condition: Condition
 ) -> None:
     """Rare and frequent words, few and many hits, more than there are."""
     rng = random.Random(name)
     known = truth(corpus, name, libraries[name])
-    for k in (1, 10, 100, CHUNKS):
-        for length in (1, 2, 4, 9, 15):
+    for k in (1, 10, CHUNKS):
+        for length in (1, 4, 15):
             query = rng.choices(VOCABULARY, k=length)
             found = search(db, libraries[name], " ".join(query), k, condition)
             check(found, known.scores(query, condition=condition), k)
@@ -572,6 +573,7 @@ TYPED = st.text(
 @example(" ".join(f"w{n}*" for n in range(3_000)))
 @example(" ".join(f'"ban{n} bar"' for n in range(2_000)))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.unwatched
 def test_whatever_is_typed_raises_nothing(db: Connection, libraries: dict[str, uuid.UUID], query: str) -> None:
     for name in LIBRARIES[:2]:
         assert len(search(db, libraries[name], query)) <= 10
