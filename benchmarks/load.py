@@ -57,7 +57,8 @@ def main() -> None:
         for workers in options.workers:
             settings = {"AUTH": "on", "WORKERS": str(workers), "WORKER_ENABLED": "true"}
             with serving(connection.info.dsn, PORT, **settings) as address:
-                run = Run(address, data, workers)
+                postmaster = psutil.Process(connection.info.backend_pid).parent()
+                run = Run(address, data, workers, postmaster or psutil.Process(connection.info.backend_pid))
                 run.locust("Searchers", options.searchers, 5)  # warms up
                 for kind, users, seconds in (
                     ("open", options.rate * 5, options.open),
@@ -105,17 +106,15 @@ class Watch:
                 client.get("/health").raise_for_status()
                 self.health.append((time.perf_counter() - started) * 1000)
                 if len(self.health) % 10 == 1:
-                    self.memory.append(sum(each.memory_info().rss for each in processes("serve")))
+                    self.memory.append(sum(each.memory_info().rss for each in serving_processes()))
 
 
-def processes(whose: str) -> list[psutil.Process]:
-    """The processes of the service, of locust or of PostgreSQL, below this one."""
+def serving_processes() -> list[psutil.Process]:
+    """The processes of the service, below this one."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            command = " ".join(process.cmdline())
-            kind = "locust" if "locust" in command else "serve" if "pgshelf.cli" in command else "postgres"
-            if kind == whose:
+            if "pgshelf.cli" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -127,6 +126,7 @@ class Run:
     address: str
     data: Path
     workers: int
+    postmaster: psutil.Process  # it ran before this one and is no child of it
 
     def locust(self, kind: str, users: int, seconds: int, rate: int = 100) -> list[dict[str, Any]]:
         """Let users of a kind loose; returns locust's statistics."""
@@ -144,12 +144,12 @@ class Run:
         """Print what a run gave, and whether it keeps the goals."""
         watch = Watch(self.address)
         thread = threading.Thread(target=watch.look)
-        before = cpu()
+        before = self.cpu()
         thread.start()
         started = time.perf_counter()
         entries = self.locust({"open": "Open", "users": "Users", "saturated": "Searchers"}[kind], users, seconds, rate)
         took = time.perf_counter() - started
-        spent = cpu()
+        spent = self.cpu()
         watch.stopped.set()
         thread.join()
         print(f"\n{kind}, {self.workers} processes, {users} clients, {seconds} s on {CORES} cores")
@@ -174,6 +174,23 @@ class Run:
             goals = ", ".join(f"p{of} under {goal} ms" for of, goal in GOALS[kind].items())
             print(f"  {goals}, no failure, /health under 100 ms: {'yes' if kept else 'NO'}")
 
+    def cpu(self) -> dict[str, float]:
+        """The CPU seconds that the parts have used so far; locust's are those of children that ended."""
+        database = [self.postmaster, *self.postmaster.children(recursive=True)]
+        found = {"service": seconds(serving_processes()), "PostgreSQL": seconds(database)}
+        ended = psutil.Process().cpu_times()
+        return {**found, "locust": ended.children_user + ended.children_system}
+
+
+def seconds(processes: list[psutil.Process]) -> float:
+    """The CPU seconds of processes, and of their children that ended."""
+    found = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found
+
 
 def line(times: Counter[float], failures: int) -> str:
     """Percentiles in milliseconds."""
@@ -189,20 +206,6 @@ def percentile(times: Counter[float], of: float) -> float:
         if seen >= wanted:
             return milliseconds
     return float("nan")
-
-
-def cpu() -> dict[str, float]:
-    """The CPU seconds that the parts have used so far; those of locust are this process's children that ended, too."""
-    found = {}
-    for whose in ("serve", "postgres"):
-        found[whose] = 0.0
-        for process in processes(whose):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                found[whose] += times.user + times.system + times.children_user + times.children_system
-    ended = psutil.Process().cpu_times()
-    found["locust"] = ended.children_user + ended.children_system
-    return found
 
 
 if __name__ == "__main__":

@@ -86,12 +86,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
     if coverage is None or not coverage.started or item.stash[WATCHED]:
         return (yield)
-    processes = os.environ.pop(WATCHED_PROCESSES, None)
+    processes, leave = os.environ.pop(WATCHED_PROCESSES, None), os._exit
     coverage.pause()
     try:
         return (yield)
     finally:
         coverage.resume()
+        os._exit = leave  # coverage has wrapped it once more
         if processes is not None:
             os.environ[WATCHED_PROCESSES] = processes
 

@@ -37,15 +37,19 @@ async def test_the_prefix_may_be_deep(database_url: str, make_settings: Any, mak
     assert "/api/pgshelf.v1/libraries" in ok(await client.get("/schema"))["paths"]
 
 
-@pytest.mark.parametrize("path", ["/v1/libraries", "/v1/libraries/none", "/nowhere", "/health", "/schema", "/v1/%FF"])
-async def test_every_answer_has_a_request_id(client: httpx2.AsyncClient, path: str) -> None:
-    sent = await client.get(path, headers={"X-Request-Id": "order-17:a/b=c+d.e_f"})
-    assert sent.headers["x-request-id"] == "order-17:a/b=c+d.e_f"
-    for useless in (b"", b"x" * 129, b"a b", b"<script>", b"a\tb", "é".encode()):
-        own = (await client.get(path, headers=[(b"X-Request-Id", useless)])).headers
-        assert re.fullmatch("[0-9a-f]{32}", own["x-request-id"])
-    ids = {(await client.get(path)).headers["x-request-id"] for _ in range(3)}
-    assert len(ids) == 3
+PATHS = ["/v1/libraries", "/v1/libraries/none", "/nowhere", "/health", "/schema", "/v1/%FF"]
+
+
+async def test_every_answer_has_a_request_id(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
+    for path in PATHS:
+        with subtests.test(path=path):
+            sent = await client.get(path, headers={"X-Request-Id": "order-17:a/b=c+d.e_f"})
+            assert sent.headers["x-request-id"] == "order-17:a/b=c+d.e_f"
+            for useless in (b"", b"x" * 129, b"a b", b"<script>", b"a\tb", "é".encode()):
+                own = (await client.get(path, headers=[(b"X-Request-Id", useless)])).headers
+                assert re.fullmatch("[0-9a-f]{32}", own["x-request-id"])
+            ids = {(await client.get(path)).headers["x-request-id"] for _ in range(3)}
+            assert len(ids) == 3
 
 
 async def test_stages_are_timed(client: httpx2.AsyncClient) -> None:
@@ -62,32 +66,33 @@ async def test_stages_are_timed(client: httpx2.AsyncClient) -> None:
     assert "total" in stages(await client.get("/nowhere"))
 
 
-@pytest.mark.parametrize(
-    ("path", "methods"),
-    [
-        ("/v1/libraries", {"GET", "POST"}),
-        ("/v1/libraries/shelf", {"GET", "PATCH", "DELETE"}),
-        ("/v1/libraries/shelf/stats", {"GET"}),
-        ("/v1/libraries/shelf/documents", {"GET", "POST"}),
-        ("/v1/libraries/shelf/documents/a%2Fb", {"GET", "PUT", "PATCH", "DELETE"}),
-        ("/v1/libraries/shelf/documents/a%2Fb/chunks", {"GET"}),
-        (f"/v1/libraries/shelf/chunks/{UNKNOWN_ID}", {"GET", "PATCH", "DELETE"}),
-        ("/v1/libraries/shelf/search", {"POST"}),
-        ("/health", {"GET"}),
-        ("/ready", {"GET"}),
-    ],
-)
-async def test_methods(client: httpx2.AsyncClient, path: str, methods: set[str]) -> None:
+METHODS = [
+    ("/v1/libraries", {"GET", "POST"}),
+    ("/v1/libraries/shelf", {"GET", "PATCH", "DELETE"}),
+    ("/v1/libraries/shelf/stats", {"GET"}),
+    ("/v1/libraries/shelf/documents", {"GET", "POST"}),
+    ("/v1/libraries/shelf/documents/a%2Fb", {"GET", "PUT", "PATCH", "DELETE"}),
+    ("/v1/libraries/shelf/documents/a%2Fb/chunks", {"GET"}),
+    (f"/v1/libraries/shelf/chunks/{UNKNOWN_ID}", {"GET", "PATCH", "DELETE"}),
+    ("/v1/libraries/shelf/search", {"POST"}),
+    ("/health", {"GET"}),
+    ("/ready", {"GET"}),
+]
+
+
+async def test_methods(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
     def allowed(response: httpx2.Response) -> set[str]:
         return set(response.headers["allow"].split(", "))
 
-    every = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
-    options = await client.options(path)
-    assert options.status_code == 204 and allowed(options) == every
-    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - methods:
-        response = await client.request(method, path, json={} if method in {"POST", "PUT", "PATCH"} else None)
-        problem(response, 405, "method_not_allowed")
-        assert allowed(response) == every
+    for path, methods in METHODS:
+        with subtests.test(path=path, methods=methods):
+            every = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+            options = await client.options(path)
+            assert options.status_code == 204 and allowed(options) == every
+            for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - methods:
+                response = await client.request(method, path, json={} if method in {"POST", "PUT", "PATCH"} else None)
+                problem(response, 405, "method_not_allowed")
+                assert allowed(response) == every
 
 
 async def test_head_is_get_without_the_body(client: httpx2.AsyncClient) -> None:
@@ -119,41 +124,51 @@ async def test_a_slash_at_the_end_is_another_address(client: httpx2.AsyncClient)
     assert ok(await client.get(SHELF))["name"] == "shelf"
 
 
-@pytest.mark.parametrize("form", ["json", "msgpack"])
-@pytest.mark.parametrize(
-    ("method", "path", "body"),
-    [
-        ("POST", "/v1/libraries", {"name": "new", "dimensions": 3}),
-        ("POST", "/v1/libraries", {"name": "new", "embedder": {"provider": "local", "key": "x"}}),
-        ("POST", "/v1/libraries", {"name": "new", "chunking": {"length": 5}}),
-        ("PATCH", SHELF, {"dimension": 4}),
-        ("PATCH", SHELF, {"id": UNKNOWN_ID}),
-        ("POST", f"{SHELF}/documents", {"text": "x", "id": UNKNOWN_ID}),
-        ("POST", f"{SHELF}/documents", {"chunks": [{"text": "x", "vector": [1, 0, 0]}]}),
-        ("PUT", f"{SHELF}/documents/k", {"text": "x", "Title": "T"}),
-        ("PATCH", f"{SHELF}/documents/k", {"text": "x"}),
-        ("PATCH", f"{SHELF}/chunks/{UNKNOWN_ID}", {"ordinal": 1}),
-        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "limit": 5}),
-        ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "where": {}}),
-    ],
-)
-async def test_unknown_fields_are_refused(
-    client: httpx2.AsyncClient, form: str, method: str, path: str, body: dict[str, Any]
-) -> None:
+UNKNOWN = [
+    ("POST", "/v1/libraries", {"name": "new", "dimensions": 3}),
+    ("POST", "/v1/libraries", {"name": "new", "embedder": {"provider": "local", "key": "x"}}),
+    ("POST", "/v1/libraries", {"name": "new", "chunking": {"length": 5}}),
+    ("PATCH", SHELF, {"dimension": 4}),
+    ("PATCH", SHELF, {"id": UNKNOWN_ID}),
+    ("POST", f"{SHELF}/documents", {"text": "x", "id": UNKNOWN_ID}),
+    ("POST", f"{SHELF}/documents", {"chunks": [{"text": "x", "vector": [1, 0, 0]}]}),
+    ("PUT", f"{SHELF}/documents/k", {"text": "x", "Title": "T"}),
+    ("PATCH", f"{SHELF}/documents/k", {"text": "x"}),
+    ("PATCH", f"{SHELF}/chunks/{UNKNOWN_ID}", {"ordinal": 1}),
+    ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "limit": 5}),
+    ("POST", f"{SHELF}/search", {"vector": [1, 0, 0], "where": {}}),
+]
+
+
+async def test_unknown_fields_are_refused(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
     await library(client)
     await document(client, "k")
-    encoded = msgspec.json.encode(body) if form == "json" else msgspec.msgpack.encode(body)
-    answer = await client.request(method, path, content=encoded, headers={"Content-Type": f"application/{form}"})
-    assert "unknown field" in problem(answer, 400, "validation_failed")["detail"]
+    for method, path, body in UNKNOWN:
+        for form, encode in (("json", msgspec.json.encode), ("msgpack", msgspec.msgpack.encode)):
+            with subtests.test(method=method, path=path, body=body, form=form):
+                headers = {"Content-Type": f"application/{form}"}
+                answer = await client.request(method, path, content=encode(body), headers=headers)
+                assert "unknown field" in problem(answer, 400, "validation_failed")["detail"]
 
 
-@pytest.mark.parametrize(
-    "accept",
-    ["*/*", "text/html", "image/png", "", "application/json;q=0", ";;;", ",", "a" * 5000, "application/xml, */*;q=0.1"],
-)
-async def test_whatever_is_accepted_json_comes(client: httpx2.AsyncClient, accept: str) -> None:
-    response = await client.get("/v1/libraries", headers={"Accept": accept})
-    assert response.headers["content-type"] == "application/json" and ok(response)["items"] == []
+ACCEPTED = [
+    "*/*",
+    "text/html",
+    "image/png",
+    "",
+    "application/json;q=0",
+    ";;;",
+    ",",
+    "a" * 5000,
+    "application/xml, */*;q=0.1",
+]
+
+
+async def test_whatever_is_accepted_json_comes(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
+    for accept in ACCEPTED:
+        with subtests.test(accept=accept):
+            response = await client.get("/v1/libraries", headers={"Accept": accept})
+            assert response.headers["content-type"] == "application/json" and ok(response)["items"] == []
 
 
 async def test_problems_are_json_whatever_is_accepted(client: httpx2.AsyncClient) -> None:
@@ -175,17 +190,20 @@ async def test_a_body_without_a_content_type_is_refused(client: httpx2.AsyncClie
     problem(await client.post("/v1/libraries", content=b'{"name": "a"}'), 415, "unsupported_media_type")
 
 
-@pytest.mark.parametrize(
-    ("query", "status"),
-    [("wait=true", 201), ("wait=True", 201), ("wait=1", 201), ("wait=false", 202), ("wait=0", 202), ("wait=maybe", 400),
-     ("wait=", 400), ("wait=2", 400), ("wait=true&wait=false", 202), ("other=1", 201)],
-)  # fmt: skip
+WAIT = [
+    ("wait=true", 201), ("wait=True", 201), ("wait=1", 201), ("wait=false", 202), ("wait=0", 202), ("wait=maybe", 400),
+    ("wait=", 400), ("wait=2", 400), ("wait=true&wait=false", 202), ("other=1", 201),
+]  # fmt: skip
+
+
 async def test_wait_is_a_boolean(
-    database_url: str, make_settings: Any, make_client: Any, query: str, status: int
+    database_url: str, make_settings: Any, make_client: Any, subtests: pytest.Subtests
 ) -> None:
     client = await make_client(make_settings(database_url, worker_enabled=False))
     ok(await client.post("/v1/libraries", json={"name": "shelf"}), 201)
-    response = await client.post(f"{SHELF}/documents?{query}", json={"text": "x"})
-    assert response.status_code == status, response.text
-    if status == 400:
-        assert problem(response, 400, "validation_failed")["errors"][0]["path"] == "wait"
+    for query, status in WAIT:
+        with subtests.test(query=query):
+            response = await client.post(f"{SHELF}/documents?{query}", json={"text": query})
+            assert response.status_code == status, response.text
+            if status == 400:
+                assert problem(response, 400, "validation_failed")["errors"][0]["path"] == "wait"

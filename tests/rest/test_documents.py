@@ -37,21 +37,22 @@ async def test_a_text_is_split_and_embedded_at_once(client: httpx2.AsyncClient) 
     assert "".join("".join(item["text"].split()) for item in found) == "".join(text.split())
 
 
-@pytest.mark.parametrize("key", KEYS)
-async def test_a_document_is_found_by_key_and_by_id(client: httpx2.AsyncClient, key: str) -> None:
+async def test_a_document_is_found_by_key_and_by_id(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
     await library(client)
-    made = await document(client, key)
-    assert made["key"] == key
-    for name in (key, made["id"], made["id"].upper()):
-        response = await client.get(at("libraries", "shelf", "documents", name))
-        assert (ok(response), response.headers["etag"]) == (made, '"1"')
-        assert len(await chunks(client, name)) == 1
-    ok(await client.patch(at("libraries", "shelf", "documents", key), json={"title": "t"}))
-    body = {"chunks": [{"text": "new", "embedding": [0, 1, 0]}]}
-    put = ok(await client.put(at("libraries", "shelf", "documents", key), json=body))
-    assert (put["id"], put["version"], put["key"]) == (made["id"], 3, key)
-    assert (await client.delete(at("libraries", "shelf", "documents", key))).status_code == 204
-    problem(await client.get(at("libraries", "shelf", "documents", key)), 404, "document_not_found")
+    for key in KEYS:
+        with subtests.test(key=key):
+            made = await document(client, key)
+            assert made["key"] == key
+            for name in (key, made["id"], made["id"].upper()):
+                response = await client.get(at("libraries", "shelf", "documents", name))
+                assert (ok(response), response.headers["etag"]) == (made, '"1"')
+                assert len(await chunks(client, name)) == 1
+            ok(await client.patch(at("libraries", "shelf", "documents", key), json={"title": "t"}))
+            body = {"chunks": [{"text": "new", "embedding": [0, 1, 0]}]}
+            put = ok(await client.put(at("libraries", "shelf", "documents", key), json=body))
+            assert (put["id"], put["version"], put["key"]) == (made["id"], 3, key)
+            assert (await client.delete(at("libraries", "shelf", "documents", key))).status_code == 204
+            problem(await client.get(at("libraries", "shelf", "documents", key)), 404, "document_not_found")
 
 
 async def test_documents_without_a_key_are_new_each_time(client: httpx2.AsyncClient) -> None:

@@ -174,40 +174,40 @@ async def test_more_than_may_be_affected_changes_nothing(client: httpx2.AsyncCli
     assert ok(await client.post(path, json={"filter": {"n": -1}, "max_affected": 0, **patch})) == {"affected": 0}
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        (UPDATE, {"patch": {}}),
-        (UPDATE, {"filter": {}, "patch": {"a": 1}}),
-        (UPDATE, {"filter": None, "patch": {"a": 1}}),
-        (UPDATE, {"filter": {"a": 1}}),
-        (UPDATE, {"filter": {"a": 1}, "patch": []}),
-        (UPDATE, {"filter": {"a": 1}, "patch": {"a": 1}, "max_affected": -1}),
-        (UPDATE, {"filter": {"a": {"$gt": []}}, "patch": {"a": 1}}),
-        (DELETE, {}),
-        (DELETE, {"filter": {}}),
-        (DELETE, {"filter": None}),
-        (DELETE, {"filter": {"$and": []}}),
-        (DELETE, {"filter": EVERYTHING, "more": 1}),
-        (QUERY, {"sort": [{"field": "undeclared"}]}),
-        (QUERY, {"sort": [{"field": "$text"}]}),
-        (QUERY, {"sort": [{"field": "chunk.page"}]}),
-        (QUERY, {"sort": [{"field": "year", "order": "up"}]}),
-        (QUERY, {"sort": [{"field": "$id"}] * 5}),
-        (QUERY, {"limit": 0}),
-        (QUERY, {"limit": 1001}),
-        (QUERY, {"after": "x"}),
-        (QUERY, {"after": "kqNhYmOjYWJj"}),  # two keys that are no moment and no id
-        (QUERY, {"after": "kA"}),
-        (QUERY, {"filter": {"$or": 1}}),
-    ],
-    ids=str,
-)
-async def test_bad_requests(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> None:
+BAD = [
+    (UPDATE, {"patch": {}}),
+    (UPDATE, {"filter": {}, "patch": {"a": 1}}),
+    (UPDATE, {"filter": None, "patch": {"a": 1}}),
+    (UPDATE, {"filter": {"a": 1}}),
+    (UPDATE, {"filter": {"a": 1}, "patch": []}),
+    (UPDATE, {"filter": {"a": 1}, "patch": {"a": 1}, "max_affected": -1}),
+    (UPDATE, {"filter": {"a": {"$gt": []}}, "patch": {"a": 1}}),
+    (DELETE, {}),
+    (DELETE, {"filter": {}}),
+    (DELETE, {"filter": None}),
+    (DELETE, {"filter": {"$and": []}}),
+    (DELETE, {"filter": EVERYTHING, "more": 1}),
+    (QUERY, {"sort": [{"field": "undeclared"}]}),
+    (QUERY, {"sort": [{"field": "$text"}]}),
+    (QUERY, {"sort": [{"field": "chunk.page"}]}),
+    (QUERY, {"sort": [{"field": "year", "order": "up"}]}),
+    (QUERY, {"sort": [{"field": "$id"}] * 5}),
+    (QUERY, {"limit": 0}),
+    (QUERY, {"limit": 1001}),
+    (QUERY, {"after": "x"}),
+    (QUERY, {"after": "kqNhYmOjYWJj"}),  # two keys that are no moment and no id
+    (QUERY, {"after": "kA"}),
+    (QUERY, {"filter": {"$or": 1}}),
+]
+
+
+async def test_bad_requests(client: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
     await library(client, attributes=ATTRIBUTES)
     await document(client, "k", metadata={"a": 1})
-    problem(await client.post(path, json=body), 400, "validation_failed")
-    assert len(await listed(client, 10)) == 1
+    for path, body in BAD:
+        with subtests.test(path=path, body=body):
+            problem(await client.post(path, json=body), 400, "validation_failed")
+            assert len(await listed(client, 10)) == 1
 
 
 async def test_no_library(client: httpx2.AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pgshelf_client import (
     SearchFailure,
     Unprocessable,
 )
+from tests.conftest import LiveServer, _live_servers
 from tests.sdk.script import Caller
 
 TEXTS = {
@@ -26,17 +28,26 @@ TEXTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def server(shared_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One for all tests, with the local embedder: starting it takes longer than they do."""
+    with _live_servers(tmp_path_factory.mktemp("serve")) as make:
+        yield make(shared_database_url)
+
+
 @pytest.fixture(params=["Client", "AsyncClient"])
-async def shelf(request: pytest.FixtureRequest, live_server: Any) -> Any:
-    """A client of either kind, and a library `handbook` of three documents."""
-    with Client(live_server.url) as client:
+async def shelf(request: pytest.FixtureRequest, server: LiveServer) -> Any:
+    """A client of either kind, and `handbook`, the only library, with three documents."""
+    with Client(server.url) as client:
+        for library in client.list_libraries():
+            client.delete_library(library.name)
         client.create_library("handbook")
         for key, (text, metadata) in TEXTS.items():
             client.put_document("handbook", key, text=text, metadata=metadata)
         if request.param == "Client":
             yield Caller(client)
             return
-    async with AsyncClient(live_server.url) as awaited:
+    async with AsyncClient(server.url) as awaited:
         yield Caller(awaited)
 
 
