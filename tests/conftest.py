@@ -7,6 +7,7 @@ PGSHELF_TEST_VECTOR_SCHEMA; what remains of it, PGSHELF_* apart, goes to the ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose,
 READY_SECONDS = 60.0
 CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
+_applied: set[Path] = set()
 WATCHED = pytest.StashKey[bool]()
 WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
@@ -73,28 +75,44 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage watches a test's first case, and nothing that is marked: being watched doubles what Python takes."""
+    """Coverage watches a test's first case: being watched doubles what Python takes. A marker says otherwise."""
     seen: set[tuple[str, str]] = set()
     for item in items:
         test = (str(item.path), getattr(item, "originalname", item.name))
-        item.stash[WATCHED] = test not in seen and item.get_closest_marker("unwatched") is None
+        first = test not in seen or item.get_closest_marker("watched") is not None
+        item.stash[WATCHED] = first and item.get_closest_marker("unwatched") is None
         seen.add(test)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    if coverage is None or not coverage.started or item.stash[WATCHED]:
+    with contextlib.nullcontext() if item.stash[WATCHED] else unwatched(item.config):
         return (yield)
+
+
+@contextmanager
+def unwatched(config: pytest.Config) -> Iterator[None]:
+    """Coverage does not watch the block, nor the processes that are started in it."""
+    coverage = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    if coverage is None or not coverage.started:
+        yield
+        return
     processes, leave = os.environ.pop(WATCHED_PROCESSES, None), os._exit
     coverage.pause()
     try:
-        return (yield)
+        yield
     finally:
         coverage.resume()
         os._exit = leave  # coverage has wrapped it once more
         if processes is not None:
             os.environ[WATCHED_PROCESSES] = processes
+
+
+def first_of_its_file(request: pytest.FixtureRequest) -> bool:
+    """Whether a file of tests makes an application for the first time: that of each file is watched."""
+    known = request.path in _applied
+    _applied.add(request.path)
+    return not known
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -183,14 +201,16 @@ MakeClient = Callable[..., Awaitable[httpx2.AsyncClient]]
 
 
 @pytest.fixture
-async def make_client() -> AsyncIterator[MakeClient]:
+async def make_client(request: pytest.FixtureRequest) -> AsyncIterator[MakeClient]:
     """Starts an application in this process: `await make_client(settings)` gives an HTTP client for it."""
     from pgshelf.app import create_app
 
     async with AsyncExitStack() as stack:
 
         async def make(settings: Any, **options: Any) -> httpx2.AsyncClient:
-            app = create_app(settings)
+            watched = first_of_its_file(request)
+            with contextlib.nullcontext() if watched else unwatched(request.config):
+                app = create_app(settings)
             await stack.enter_async_context(_lifespan(app))
             transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
             client = httpx2.AsyncClient(transport=transport, base_url="http://localhost", **options)

@@ -16,6 +16,8 @@ import pgshelf_client
 from pgshelf_client import UNSET, AsyncClient, Client, UnexpectedAnswer
 from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, HIT, INDEX, KEY, LIBRARY, Script, ok
 
+pytestmark = pytest.mark.watched
+
 FOUND = {
     "hits": [{**HIT, "embedding": [0.5, 1.0]}], "took_ms": 1.5, "cached": True, "total": 7,
     "facets": {"year": [{"value": 2026, "documents": 2}, {"value": None, "documents": 1}]},

@@ -13,6 +13,8 @@ import pgshelf_client
 from pgshelf_client import ApiError, ConnectionFailed, FieldError, PgshelfError, ServerError, errors
 from tests.sdk.script import Script, problem
 
+pytestmark = pytest.mark.watched
+
 CLASSES = [
     (400, "BadRequest"),
     (401, "Unauthorized"),

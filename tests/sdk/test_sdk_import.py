@@ -30,6 +30,8 @@ from pgshelf_client._import import BATCH_BYTES
 from tests.sdk.import_script import FAULTS, ImportScript
 from tests.sdk.script import Caller, Script, problem
 
+pytestmark = pytest.mark.watched
+
 AT_ONCE = Retries(times=5, base=0.0, cap=0.0)
 NDJSON = {"Content-Type": "application/x-ndjson"}
 

@@ -21,6 +21,8 @@ from pgshelf_client import (
 from tests.conftest import LiveServer, _live_servers
 from tests.sdk.script import Caller
 
+pytestmark = pytest.mark.watched
+
 TEXTS = {
     "vacuum": ("Vacuum reclaims the space of dead rows.", {"year": 2020, "topic": "storage"}),
     "analyze": ("Analyze counts rows for the planner.", {"year": 2023, "topic": "planner"}),
@@ -39,7 +41,7 @@ def server(shared_database_url: str, tmp_path_factory: pytest.TempPathFactory) -
 async def shelf(request: pytest.FixtureRequest, server: LiveServer) -> Any:
     """A client of either kind, and `handbook`, the only library, with three documents."""
     with Client(server.url) as client:
-        for library in client.list_libraries():
+        for library in client.libraries():
             client.delete_library(library.name)
         client.create_library("handbook")
         for key, (text, metadata) in TEXTS.items():

@@ -15,6 +15,8 @@ import pytest
 from pgshelf_client import _base
 from tests.sdk.script import DOCUMENT, LIBRARY, Script, ok
 
+pytestmark = pytest.mark.watched
+
 FOUND = {"hits": [], "took_ms": 0.1}
 
 
