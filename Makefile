@@ -5,8 +5,6 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 PROJECT_FILES := pyproject.toml sdk/pyproject.toml
 # Judged in full runs only: with ARGS a run may cover a part on purpose.
 COVERAGE ?= $(if $(ARGS),0,97)
-# Test processes: many tests wait for a server, so more than cores.
-WORKERS ?= 3
 
 # How long make soak sends what schemathesis makes up.
 MINUTES ?= 30
@@ -34,7 +32,7 @@ replicas: .venv/runtime.stamp ## a primary, two standbys and the service over th
 
 test: .venv/dev.stamp ## run the tests on a real PostgreSQL, with coverage
 	@echo "== pytest, coverage of service and sdk at least $(COVERAGE) %"
-	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(ARGS)
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(ARGS)
 
 check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 	@echo "== ruff check"

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgshelf import database, worker
+from pgshelf import pools, worker
 from tests.conftest import LiveServer, MakeLiveServer
 from tests.soak.feed import follow
 
@@ -141,7 +141,7 @@ async def test_the_worker_gives_positions_and_forgets_what_is_old(
     writer.execute(PUT, ["c"])
     monkeypatch.setattr(worker, "TIDY", 0.0)
     settings = make_settings(database_url, worker_interval=0.02)
-    engine = database.make_engine(settings, database_url)
+    engine = pools.make_engine(settings, database_url)
     house = asyncio.create_task(worker._keep_house(engine, settings))
     asked = "select (select count(*) from pgshelf.idempotency_keys)"
     await until(lambda: reader.execute(READ).fetchall() == [(3, "c")] and reader.execute(asked).fetchone() == (0,))

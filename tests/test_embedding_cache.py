@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding, embedding_cache, providers, worker
+from pgshelf import connections, embedding, embedding_cache, pools, providers, worker
 from pgshelf.embedders import Embedder, EmbedderFailed, EmbedderUnavailable, TextRefused, embedder_for
 from pgshelf.embedders.local import LocalEmbedder
 from pgshelf.settings import Settings
@@ -39,7 +39,7 @@ def settings(shared_database_url: str, make_settings: Callable[..., Settings], c
 
 @pytest.fixture
 async def engine(db: Connection, settings: Settings) -> AsyncIterator[AsyncEngine]:
-    made = database.make_engine(settings, str(settings.database_url))
+    made = pools.make_engine(settings, str(settings.database_url))
     yield made
     await providers.close()
     await made.dispose()
@@ -179,7 +179,7 @@ async def test_a_standby_reads_the_cache_and_leaves_it_as_it_is(
     await embedding.vectors_of(engine, settings, embedder, ["a"], "query")
     db.execute("update pgshelf.embedding_cache set used_at = now() - interval '2 days'")
     read_only = "-c default_transaction_read_only=on"
-    standby = database.make_engine(settings, database.dsn(str(settings.database_url), options=read_only))
+    standby = pools.make_engine(settings, connections.dsn(str(settings.database_url), options=read_only))
     await embedding.vectors_of(standby, settings, embedder, ["a", "b"], "query")
     await standby.dispose()
     assert [asked.body["texts"] for asked in cohere_server.asked] == [["a"], ["b"]]

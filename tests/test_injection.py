@@ -11,7 +11,7 @@ from tests.rest.asking import bearer, key, ok
 from tests.soak.hostile import NUMBERS, TEXTS
 from tests.soak.injection import Corpus
 
-SEED, SHARE = 5, 0.01
+SEED, SHARE = 5, 0.005
 
 
 @pytest.mark.unwatched
@@ -24,7 +24,7 @@ async def test_no_text_does_anything(database_url: str, make_settings: Any, make
     await corpus.run(random.Random(SEED), SHARE)
     print(corpus.figures())
     assert corpus.answers.keys() >= {"200", "201", "400", "401", "404"}
-    assert corpus.same > 5
+    assert corpus.same > 2
 
 
 def test_the_corpus_is_what_it_says() -> None:

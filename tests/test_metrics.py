@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import conninfo, sql
 
-from pgshelf import credentials, database, logs, probing, shelves
+from pgshelf import credentials, logs, pools, probing, shelves
 from tests.cohere_server import CohereServer, status
 from tests.conftest import LiveServer, MakeLiveServer
 from tests.rest.asking import key, library, ok, until
@@ -157,7 +157,7 @@ async def test_an_index_that_lost_links_is_seen(
             name_of = sql.SQL("alter database {} set {} = off")
             made = name_of.format(sql.Identifier(connection.info.dbname), sql.Identifier(setting))
             connection.execute(made)
-    engine = database.make_engine(settings, database_url)
+    engine = pools.make_engine(settings, database_url)
     often, never = (msgspec.structs.replace(settings, recall_interval=each) for each in (1e-9, 0))
 
     async def probed() -> tuple[float, float, float, float]:

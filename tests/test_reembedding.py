@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from pgshelf import database, embedder_choice, embedding, reembedding, searching, shelves, worker
+from pgshelf import embedder_choice, embedding, pools, reembedding, searching, shelves, worker
 from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, Kind, TextRefused
 from pgshelf.settings import Settings
 from tests.rest.asking import ok, problem
@@ -157,7 +157,7 @@ def check_clean(db: Connection) -> None:
 
 @asynccontextmanager
 async def engine_of(settings: Settings) -> AsyncIterator[Any]:
-    engine = database.make_engine(settings, settings.database_url or "")
+    engine = pools.make_engine(settings, settings.database_url or "")
     try:
         yield engine
     finally:

@@ -23,7 +23,7 @@ def test_the_api_is_what_its_schema_says(
     )  # it asks for the longest wait there is
     secret = key(database_url, "schemathesis", "admin")
     minutes = pytestconfig.getoption("--soak-minutes")
-    budget = ["--max-time", str(int(minutes * 60))] if minutes else ["--max-examples", "5", "--max-time", "25"]
+    budget = ["--max-time", str(int(minutes * 60))] if minutes else ["--max-examples", "5", "--max-time", "15"]
     seed = [] if minutes else ["--generation-deterministic"]
     access = ["--header", f"Authorization: Bearer {secret}"]
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(HERE / "schemathesis.toml")]

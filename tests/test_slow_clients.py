@@ -25,12 +25,12 @@ SIZE = {"documents": 400, "each": 12, "half_open": 50, "in_turn": 200, "at_once"
 async def test_others_are_served_all_the_while(database_url: str, make_live_server: MakeLiveServer) -> None:
     server = make_live_server(
         database_url,
-        PGSHELF_HEADER_TIMEOUT="1",
-        PGSHELF_BODY_TIMEOUT="1",
+        PGSHELF_HEADER_TIMEOUT="2",  # less, and a machine that is busy with other tests is as late as they are slow
+        PGSHELF_BODY_TIMEOUT="2",
         PGSHELF_EMBEDDER="none",
         PGSHELF_POOL_SIZE="6",
     )
-    told = await all_of_it(server.url, database_url, 1.0, SIZE)
+    told = await all_of_it(server.url, database_url, 2.0, SIZE)
     print(told)
     assert told["slow"].startswith(str({"closed": 12 * 4, "408": 12 * 4}))
     # half of the connections are for others, whoever reads or does not

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgshelf import database, query_cache, shelves
+from pgshelf import pools, query_cache, shelves
 from pgshelf.settings import Settings
 
 Connection = psycopg.Connection[Any]
@@ -189,7 +189,7 @@ async def test_the_worker_joins_marks_now_and_then(
     db: Connection, database_url: str, make_settings: Callable[..., Settings]
 ) -> None:
     settings = make_settings(database_url)
-    engine = database.make_engine(settings, database_url)
+    engine = pools.make_engine(settings, database_url)
     try:
         for expected in (1, 21):
             for number in range(20):

@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import batches, database, embedding, worker
+from pgshelf import batches, database, embedding, pools, worker
 from pgshelf.batches import Batches
 from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, TextRefused
 from pgshelf.settings import Settings
@@ -97,7 +97,7 @@ def quiet(make_settings: Callable[..., Settings], database_url: str) -> Settings
 
 @pytest.fixture
 async def engine(quiet: Settings, database_url: str) -> AsyncIterator[AsyncEngine]:
-    made = database.make_engine(quiet, database_url)
+    made = pools.make_engine(quiet, database_url)
     yield made
     await made.dispose()
 
@@ -586,7 +586,7 @@ async def test_several_workers_embed_each_chunk_once(
     small = make_settings(quiet.database_url, embed_batch=7, worker_interval=0.01)
     async with AsyncExitStack() as stack:
         for _ in range(4):
-            engine = database.make_engine(small, str(small.database_url))
+            engine = pools.make_engine(small, str(small.database_url))
             stack.push_async_callback(engine.dispose)
             await stack.enter_async_context(worker.running(engine, small))
         await until(lambda: waiting(db) == [], "all embedded")

@@ -19,7 +19,7 @@ from litestar.params import SkipValidation
 from sqlalchemy import ARRAY, ColumnElement, Text, cast, func
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import auditing, credentials, database, http
+from pgshelf import auditing, connections, credentials, database, http
 from pgshelf.credentials import ROLES
 from pgshelf.errors import CODES, Problem, invalid
 from pgshelf.rates import Kind, Rates
@@ -186,10 +186,10 @@ class Guard:
         engine: AsyncEngine,
         url: str,
         beside: Beside | None = None,
-        opening: database.Opening = contextlib.nullcontext,
+        opening: connections.Opening = contextlib.nullcontext,
     ) -> None:
         self._settings, self._engine = settings, engine
-        self._beside = beside or database.Beside(settings, url)
+        self._beside = beside or connections.Beside(settings, url)
         self._rates = Rates(settings, url, opening)
         self._issuer: Issuer | None = None
         if settings.jwt:

@@ -26,7 +26,6 @@ from pgshelf import (
     cache,
     changes,
     chunks,
-    database,
     documents,
     embedder_changes,
     events,
@@ -42,6 +41,7 @@ from pgshelf import (
     logs,
     metrics,
     openapi,
+    pools,
     providers,
     query_cache,
     replicas,
@@ -70,6 +70,25 @@ TAGS = [
     Tag("replication", "Replicas, and backups of the whole server. docs/replication.md has the runbook."),
     Tag("health", "For load balancers and operators."),
 ]
+ROUTERS = [
+    libraries.router,
+    documents.router,
+    batch.router,
+    imports.router,
+    exports.router,
+    chunks.router,
+    events.router,
+    changes.router,
+    retry.router,
+    search.router,
+    indexes.router,
+    embedder_changes.router,
+    facets.router,
+    keys.router,
+    audit.router,
+    cache.router,
+    replication.router,
+]
 BEARER = SecurityScheme(
     type="http",
     scheme="bearer",
@@ -88,7 +107,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         )
     traces = tracing.Traces() if settings.tracing else None
     cursor = traces.cursor() if traces else psycopg.AsyncCursor
-    engine = database.make_engine(settings, settings.database_url, cursor=cursor)
+    engine = pools.make_engine(settings, settings.database_url, cursor=cursor)
     metrics.observe_pool(engine, settings.pool_size)
     readers = changes.Readers(engine, settings)
     servers = replicas.targets(settings)
@@ -108,7 +127,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         await guard.close()
         await answers.close()
         await providers.close()
-        await database.close(engine)
+        await pools.close(engine)
         if traces is not None:
             await asyncio.to_thread(traces.close)  # it waits for the collector
 
@@ -116,12 +135,8 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     def behind(engine: http.Engine) -> Settings:
         return settings
 
-    handlers = [libraries.router, documents.router, batch.router, imports.router, exports.router, chunks.router]
-    handlers += [events.router, changes.router, retry.router]
-    handlers += [search.router, indexes.router, embedder_changes.router, facets.router, keys.router, audit.router]
-    handlers += [cache.router, replication.router]
     app = Litestar(
-        route_handlers=[Router(settings.api_prefix or "/", route_handlers=handlers), health.router, metrics.router],
+        route_handlers=[Router(settings.api_prefix or "/", route_handlers=ROUTERS), health.router, metrics.router],
         dependencies={
             "engine": Provide(lambda: engine, sync_to_thread=False),
             "settings": Provide(behind, sync_to_thread=False),
@@ -143,21 +158,25 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         request_max_body_size=settings.max_body_bytes,
         lifespan=[lifespan],
         logging_config=None,
-        openapi_config=OpenAPIConfig(
-            title="pgshelf",
-            version=__version__,
-            description="A vector document store that lives in PostgreSQL.",
-            license=License("Apache-2.0", identifier="Apache-2.0"),
-            path="/schema",
-            render_plugins=[openapi.Reference(path=["/", "/openapi.json"])],
-            tags=TAGS,
-            components=Components(security_schemes={"key": BEARER}),
-            security=[{"key": []}],
-            use_handler_docstrings=True,
-        ),
+        openapi_config=_openapi(),
     )
     app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings), traces)
     return app
+
+
+def _openapi() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="pgshelf",
+        version=__version__,
+        description="A vector document store that lives in PostgreSQL.",
+        license=License("Apache-2.0", identifier="Apache-2.0"),
+        path="/schema",
+        render_plugins=[openapi.Reference(path=["/", "/openapi.json"])],
+        tags=TAGS,
+        components=Components(security_schemes={"key": BEARER}),
+        security=[{"key": []}],
+        use_handler_docstrings=True,
+    )
 
 
 def _observer(settings: Settings) -> Callable[[http.Served], None]:

@@ -31,7 +31,7 @@ import psycopg
 from msgspec import Meta
 from psycopg import conninfo
 
-from pgshelf import database
+from pgshelf import connections
 
 LOCK = "backups.lock"
 STATE = "backup.json"
@@ -294,7 +294,7 @@ def _line(error: Exception) -> str:
 
 
 def _copied(store: Backups, job: Job, folders: Iterable[Path], environment: Mapping[str, str]) -> tuple[Path, Backup]:
-    with database.connect(job.url, "backup") as connection:
+    with connections.connect(job.url, "backup") as connection:
         row = connection.execute(QUESTION).fetchone()
     assert row is not None  # noqa: S101 - narrows the type: one row comes always
     major, version, tablespaces = row
@@ -327,7 +327,7 @@ def _copied(store: Backups, job: Job, folders: Iterable[Path], environment: Mapp
 
 def _without_password(url: str) -> tuple[str, str | None]:
     """A connection string that may be seen by whoever lists processes, and the password that it had."""
-    parameters = conninfo.conninfo_to_dict(database.dsn(url))
+    parameters = conninfo.conninfo_to_dict(connections.dsn(url))
     password = parameters.pop("password", None)
     if "sslpassword" in parameters:
         raise BackupError("the list of processes would show the sslpassword of the connection: use a key without one")

@@ -255,13 +255,13 @@ def _reachable(settings: Settings) -> str:
 
 def _check_access(url: str, settings: Settings) -> str:
     """Who may come in, in a few words; refuses an address that others reach while nothing says who may."""
-    from pgshelf import access, database
+    from pgshelf import access, connections
 
     closed = access.requires_keys(settings)
     if closed is False:
         return "open to whoever reaches it: PGSHELF_AUTH=off"
     try:
-        with database.connect(url, "serve") as connection:
+        with connections.connect(url, "serve") as connection:
             row = connection.execute(
                 "select exists (select from pgshelf.keys), exists (select from pgshelf.keys k"
                 " where k.revoked_at is null and coalesce(k.expires_at > now(), true))"

@@ -170,14 +170,14 @@ def restore_command(
 
 def _recover_bundled(store: Backups, backup: Backup, target: Path, programs: Path, recovery: Recovery) -> None:
     """Recover with the bundled server, once, and stop it; what it was told is forgotten at its next start."""
-    from pgshelf import backups, database
+    from pgshelf import backups, connections
 
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     backups.restore(store, backup, target / "postgres", programs)
     click.echo(f"{backup.id} is in {target}; recovering", err=True)
     told = {**recovery.settings(), "hot_standby": "off"}  # nobody may come in before it is done
     with embedded.start(target, backup.major, settings=told, timeout=RECOVERY_SECONDS) as server:
-        with database.connect(server.url(), "restore") as connection:
+        with connections.connect(server.url(), "restore") as connection:
             row = connection.execute("select pg_last_xact_replay_timestamp()").fetchone()
     last = f", its last change is of {row[0].astimezone(UTC):%Y-%m-%d %H:%M:%S.%f} UTC" if row and row[0] else ""
     click.echo(f"recovered{last}. Serve it: pgshelf serve --data-dir {target}")

@@ -28,14 +28,14 @@ AUDIT = "select pgshelf.audit_role(%s, null, %s)"
 @contextlib.contextmanager
 def _keys(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
     """A connection to the database that has the keys; what it refuses ends the command."""
-    from pgshelf import database
+    from pgshelf import connections
     from pgshelf.errors import Problem, problem_of
 
     with database_of(settings) as (url, server):
         if server is not None:
             migrated(url, settings)
         try:
-            with database.connect(url, "keys") as connection:
+            with connections.connect(url, "keys") as connection:
                 yield connection
         except (psycopg.Error, Problem) as error:
             raise Failure(problem_of(error).detail) from None

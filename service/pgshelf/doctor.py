@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 import psycopg
 
-from pgshelf import database, health, providers
+from pgshelf import connections, health, pools, providers
 from pgshelf.embedders import EmbedderError, embedder_for, settled
 from pgshelf.settings import Settings, is_loopback
 
@@ -31,7 +31,7 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
     With `ask`, each embedder that is in use makes one vector.
     """
     try:
-        connection = database.connect(url, "doctor")
+        connection = connections.connect(url, "doctor")
     except psycopg.Error as error:
         yield Finding(
             "fail", f"the database cannot be reached: {_line(error).rstrip('?.')}. Check PGSHELF_DATABASE_URL."
@@ -39,7 +39,7 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
         return
     with connection:
         yield from _rights(connection, settings)
-        connection.execute(database.BECOME_OWNER)  # as a worker does, who sees nothing before
+        connection.execute(pools.BECOME_OWNER)  # as a worker does, who sees nothing before
         there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
         within = (_roles, _beyond, _indexes, _pending, _replication) if there else ()  # what looks into the schema
         for look in (_server, _encryption, _extension, _schema, *within, _parameters):

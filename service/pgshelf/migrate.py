@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from pgshelf import database
+from pgshelf import pools
 from pgshelf.schema import head, resource, sql_files, sql_hash
 from pgshelf.settings import Settings
 from pgshelf.tables import XID8, metadata
@@ -174,7 +174,7 @@ def run_online(context: EnvironmentContext, environ: Mapping[str, str]) -> None:
     url = attributes.get("url") or Settings.from_env(environ).database_url
     if not url:
         raise MigrationError("set PGSHELF_DATABASE_URL to the database that shall be migrated")
-    with database.migration_engine(url).connect() as connection:
+    with pools.migration_engine(url).connect() as connection:
         driver = _driver(connection)
         if attributes.get("warn", True):
             driver.add_notice_handler(_tell)

@@ -20,7 +20,7 @@ from prometheus_client import Counter, Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
-from pgshelf import database
+from pgshelf import connections, database
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
 from pgshelf.timing import stage
@@ -58,10 +58,10 @@ class Entry(NamedTuple):
 class QueryCache:
     """The answers that this process keeps: least recently used go first, none stays longer than PGSHELF_CACHE_TTL."""
 
-    def __init__(self, settings: Settings, url: str, opening: database.Opening = contextlib.nullcontext) -> None:
+    def __init__(self, settings: Settings, url: str, opening: connections.Opening = contextlib.nullcontext) -> None:
         self.limit, self.ttl = settings.cache_bytes, settings.cache_ttl
         self.bytes = 0
-        self._beside = database.Beside(settings, url, "cache", opening)
+        self._beside = connections.Beside(settings, url, "cache", opening)
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 import psycopg
 
-from pgshelf import database, http
+from pgshelf import connections, http
 from pgshelf.errors import Problem
 from pgshelf.settings import Network, Settings, listed, networks
 from pgshelf.timing import stage
@@ -86,9 +86,9 @@ class Share:
 class Rates:
     """Lets a caller's requests in, or refuses them."""
 
-    def __init__(self, settings: Settings, url: str, opening: database.Opening = contextlib.nullcontext) -> None:
+    def __init__(self, settings: Settings, url: str, opening: connections.Opening = contextlib.nullcontext) -> None:
         self._quotas = quotas(settings)
-        self._beside = database.Beside(settings, url, "rates", opening)
+        self._beside = connections.Beside(settings, url, "rates", opening)
         self._shares: OrderedDict[tuple[str, Kind], Share] = OrderedDict()
         self._silent_until = 0.0
         self._most = {False: settings.max_concurrent_requests, True: settings.max_concurrent_streams}

@@ -15,7 +15,7 @@ from litestar.params import HeaderParameter, SkipValidation
 from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from pgshelf import database
+from pgshelf import connections, database
 from pgshelf.consistency import FORM, LEVEL, TOKEN, Level, Position
 from pgshelf.errors import Problem
 from pgshelf.http import Engine, log
@@ -76,7 +76,7 @@ class Topology:
             try:
                 return await self.primary.beside.ask(question, parameters)
             except (psycopg.Error, Problem) as error:
-                if not database.is_lost(error) and self.primary.reachable:
+                if not connections.is_lost(error) and self.primary.reachable:
                     raise
         for replica in sorted(filter(lambda each: each.usable, self.replicas), key=lambda each: each.lag[1] or 0.0):
             with contextlib.suppress(psycopg.OperationalError, Problem):
@@ -188,7 +188,7 @@ def of_standby(error: psycopg.Error) -> str | None:
     state = error.sqlstate
     if "conflict with recovery" in str(error):
         return "conflict"
-    if database.is_lost(error):
+    if connections.is_lost(error):
         return "lost"
     if state is None:  # the driver's own: it could not read the answer, as where the extension is not there yet
         return None if isinstance(error, psycopg.DataError) else "other"
@@ -202,7 +202,7 @@ def targets(settings: Settings) -> dict[str, str]:
     """The servers of PGSHELF_REPLICA_URL by their names, each with a connection string of its own."""
     found: dict[str, str] = {}
     for url in connection_strings(settings.replica_url) if settings.replica_url else []:
-        known = psycopg.conninfo.conninfo_to_dict(database.dsn(url))
+        known = psycopg.conninfo.conninfo_to_dict(connections.dsn(url))
         hosts = str(known.get("host") or known.get("hostaddr") or "").split(",")
         addresses = str(known.get("hostaddr") or "").split(",")
         ports = str(known.get("port") or "5432").split(",")

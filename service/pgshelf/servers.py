@@ -19,7 +19,7 @@ from prometheus_client import Counter, Gauge
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database
+from pgshelf import connections, pools
 from pgshelf.consistency import Position
 from pgshelf.http import log
 from pgshelf.settings import Settings
@@ -74,8 +74,8 @@ class Server:
         self.error: str | None = None
         self.host: tuple[str, int] | None = None  # that the last answer came from
         self.answered = asyncio.Event()  # once
-        self._target = database.serving_dsn(settings, url, "pgshelf probe")
-        self._connection: database.Connection | None = None
+        self._target = connections.serving_dsn(settings, url, "pgshelf probe")
+        self._connection: connections.Connection | None = None
         self._rest = 0.0  # not asked before
         self._woken = asyncio.Event()
         self._opening: set[asyncio.Timeout] = set()
@@ -106,7 +106,7 @@ class Server:
         try:
             if self._connection is None:
                 limit = asyncio.timeout(self.settings.replica_timeout)
-                self._connection = await database.opened(self._target, lambda: limit, autocommit=True)
+                self._connection = await connections.opened(self._target, lambda: limit, autocommit=True)
             # a question that is cancelled would wait for the server to say so, seconds where it says nothing
             silence = asyncio.get_running_loop().call_later(self.settings.replica_timeout, self._connection.cut)
             row = await (await self._connection.execute(PROBE, prepare=True)).fetchone()
@@ -192,7 +192,7 @@ class Primary(Server):
     def __init__(self, settings: Settings, url: str, engine: AsyncEngine) -> None:
         super().__init__("primary", settings, url)
         self.engine = engine
-        self.beside = database.Beside(settings, url, "auth", self.opening)
+        self.beside = connections.Beside(settings, url, "auth", self.opening)
         self._past: deque[tuple[float, int]] = deque(maxlen=ROUND)
         self._open = _open_connections(engine)
 
@@ -240,8 +240,8 @@ class Replica(Server):
         super().__init__(name, settings, url)
         self._primary = primary
         patient = msgspec.structs.replace(settings, connect_timeout=math.ceil(max(2.0, settings.replica_timeout)))
-        self.engine = database.make_engine(patient, url, self.opening)
-        self.beside = database.Beside(patient, url, "auth", self.opening)
+        self.engine = pools.make_engine(patient, url, self.opening)
+        self.beside = connections.Beside(patient, url, "auth", self.opening)
         self.reading = 0
         self.turn = 0.0
         self._open = _open_connections(self.engine)
@@ -315,12 +315,12 @@ class Replica(Server):
         """Give back what it holds."""
         await super().close()
         await self.beside.close()
-        await database.close(self.engine)
+        await pools.close(self.engine)
 
 
-def _open_connections(engine: AsyncEngine) -> set[database.Connection]:
+def _open_connections(engine: AsyncEngine) -> set[connections.Connection]:
     """The connections of a pool, kept up to date."""
-    found: set[database.Connection] = set()
+    found: set[connections.Connection] = set()
     event.listen(engine.pool, "connect", lambda _, record: found.add(record.driver_connection))
     event.listen(engine.pool, "close", lambda _, record: found.discard(record.driver_connection))
     event.listen(engine.pool, "close_detached", lambda connection: found.discard(connection.driver_connection))

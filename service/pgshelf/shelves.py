@@ -25,7 +25,7 @@ import psycopg
 from prometheus_client import Histogram
 from psycopg.types.json import Jsonb
 
-from pgshelf import database, rounds
+from pgshelf import connections, pools, rounds
 from pgshelf.settings import Settings
 
 log = logging.getLogger("pgshelf.shelves")
@@ -472,8 +472,8 @@ async def connect(settings: Settings) -> psycopg.AsyncConnection[Any]:
         " -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
     )
     assert settings.database_url  # noqa: S101 - who runs a worker has a database
-    existing = psycopg.conninfo.conninfo_to_dict(database.dsn(settings.database_url)).get("options")
-    target = database.dsn(
+    existing = psycopg.conninfo.conninfo_to_dict(connections.dsn(settings.database_url)).get("options")
+    target = connections.dsn(
         settings.database_url,
         application_name="pgshelf shelves",
         connect_timeout=settings.connect_timeout,
@@ -481,7 +481,7 @@ async def connect(settings: Settings) -> psycopg.AsyncConnection[Any]:
     )
     connection = await psycopg.AsyncConnection.connect(target, autocommit=True)
     try:
-        await connection.execute(database.BECOME_OWNER)
+        await connection.execute(pools.BECOME_OWNER)
     except BaseException:
         await connection.close()
         raise
@@ -491,7 +491,7 @@ async def connect(settings: Settings) -> psycopg.AsyncConnection[Any]:
 async def forbidden_to(settings: Settings) -> str | None:
     """Who would have to be the owner's, when this role may not build: PostgreSQL lets nobody else attach shelves."""
     async with await connect(settings) as connection:
-        found = await (await connection.execute(database.BECOME_OWNER)).fetchone()
+        found = await (await connection.execute(pools.BECOME_OWNER)).fetchone()
         return None if found is None or found[1] else str(found[0])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, probing, providers, query_cache, reembedding, rounds, shelves
+from pgshelf import database, embedding_cache, pools, probing, providers, query_cache, reembedding, rounds, shelves
 from pgshelf.batches import EXPECTED, MAX_PAUSE, Batches, around, tell
 from pgshelf.settings import Settings
 
@@ -134,13 +134,13 @@ async def _beat(engine: AsyncEngine, settings: Settings) -> None:
 async def alone(settings: Settings, stopped: asyncio.Event) -> None:
     """Reconcile without serving, until it is told to stop."""
     assert settings.database_url  # noqa: S101 - who runs a worker has a database
-    engine = database.make_engine(settings, settings.database_url, owner=True)
+    engine = pools.make_engine(settings, settings.database_url, owner=True)
     try:
         async with running(engine, settings):
             await stopped.wait()
     finally:
         await providers.close()
-        await database.close(engine)
+        await pools.close(engine)
 
 
 @contextlib.asynccontextmanager

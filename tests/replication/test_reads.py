@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from prometheus_client import REGISTRY
 
-from pgshelf import database, replicas
+from pgshelf import database, pools, replicas
 from pgshelf.consistency import Position
 from tests.conftest import MakeSettings
 from tests.replication.cluster import Cluster, Node
@@ -244,7 +244,7 @@ async def test_a_recovery_conflict_is_no_clients_business(cluster: Cluster, make
         node.set(max_standby_streaming_delay="0")
     cluster.caught_up()
     settings = make_settings(cluster.url, replica_url=cluster.replica_url, replica_interval=0.1)
-    engine = database.make_engine(settings, cluster.url)
+    engine = pools.make_engine(settings, cluster.url)
     topology = replicas.Topology(settings, engine, cluster.url, replicas.targets(settings))
     before = retries("conflict")
 

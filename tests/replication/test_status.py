@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 
 from pgshelf import doctor, worker
 from pgshelf.app import create_app
-from pgshelf.database import make_engine
+from pgshelf.pools import make_engine
 from pgshelf.settings import Settings
 from tests.conftest import _lifespan
 from tests.replication.servers import Primary, Standby, cluster, wait_until

@@ -11,7 +11,7 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import auditing, database, worker
+from pgshelf import auditing, pools, worker
 from pgshelf.access import RULES
 from pgshelf.app import create_app
 from pgshelf.settings import Settings
@@ -194,7 +194,7 @@ async def test_refused_attempts_are_written_soon_and_hold_nobody_up(
     database_url: str, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(auditing, "PAUSE", 0.05)
-    engine = database.make_engine(settings, database_url)
+    engine = pools.make_engine(settings, database_url)
     try:
         refusals = auditing.Refusals(engine)
         refusals.note(auditing.Entry("access", "anybody", "10.0.0.1", None, library="x", detail="search: unauthorized"))
@@ -276,7 +276,7 @@ def test_rows_are_only_added_and_end_by_age(database_url: str) -> None:
 
 async def test_the_worker_forgets_what_is_old(database_url: str, make_settings: Any) -> None:
     settings = make_settings(database_url, audit_retention=1 / 86400)
-    engine = database.make_engine(settings, database_url)
+    engine = pools.make_engine(settings, database_url)
     try:
         with psycopg.connect(database_url, autocommit=True) as owner:
             owner.execute("select pgshelf.audit_role('grant.create', null, 'old'), pg_sleep(1.1)")

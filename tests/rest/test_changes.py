@@ -16,7 +16,7 @@ import msgspec
 import psycopg
 import pytest
 
-from pgshelf import changes, database
+from pgshelf import changes, database, pools
 from tests.conftest import LiveServer
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
@@ -169,7 +169,7 @@ async def test_a_deleted_library_has_no_feed_and_leaves_none(quiet: httpx2.Async
     cursor = (await feed(quiet))["next"]
     ok(await quiet.delete(at("libraries", "shelf")), 204)
     problem(await quiet.get(CHANGES, params={"after": cursor}), 404, "library_not_found")
-    engine = database.make_engine(settings, settings.database_url)
+    engine = pools.make_engine(settings, settings.database_url)
     while (await database.run(engine, "select pgshelf.reap_deleted(1)"))[0][0]:
         pass
     assert await database.run(engine, "select count(*) from pgshelf.change_log") == [(0,)]
@@ -310,7 +310,7 @@ async def test_a_quiet_stream_says_that_it_lives(
     quiet: httpx2.AsyncClient, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "HEARTBEAT", 0.05)
-    engine = database.make_engine(settings, settings.database_url)
+    engine = pools.make_engine(settings, settings.database_url)
     readers = changes.Readers(engine, settings)
     [(library_id,)] = await database.run(engine, "select id from pgshelf.libraries")
     events = changes._events(readers, library_id, [], 0, 100)

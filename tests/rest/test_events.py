@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from pgshelf import ingest, worker
-from pgshelf.database import make_engine
+from pgshelf.pools import make_engine
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
 EVENTS = at("libraries", "shelf", "events")

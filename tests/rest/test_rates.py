@@ -13,9 +13,9 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import database, rates
+from pgshelf import connections, rates
 from pgshelf.access import RULES
-from pgshelf.database import make_engine
+from pgshelf.pools import make_engine
 from pgshelf.rates import PRESETS, Quota, Rates, quota, quotas
 from pgshelf.settings import Settings
 from pgshelf.worker import tidy
@@ -176,14 +176,14 @@ async def test_few_requests_ask_postgresql(
 ) -> None:
     limiter = Rates(make_settings(database_url, rate_limit_search="1000/s"), database_url)
     asked = 0
-    ask = database.Beside.ask
+    ask = connections.Beside.ask
 
-    async def counted(self: database.Beside, *given: Any) -> Any:
+    async def counted(self: connections.Beside, *given: Any) -> Any:
         nonlocal asked
         asked += 1
         return await ask(self, *given)
 
-    monkeypatch.setattr(database.Beside, "ask", counted)
+    monkeypatch.setattr(connections.Beside, "ask", counted)
     for _ in range(500):
         await limiter.admit("somebody", "search")
     assert asked <= 13  # 1, 2, 4 ... 64, then 100 at a time

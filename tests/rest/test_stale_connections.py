@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgshelf import database, migrate
+from pgshelf import database, migrate, pools
 
 DOCUMENT = {"chunks": [{"text": "one", "embedding": [1.0, 0.0]}]}
 LIBRARY = {"name": "a", "dimension": 2, "embedder": {"provider": "none"}}
@@ -74,7 +74,7 @@ async def test_what_is_cancelled_gives_its_connection_back(
 ) -> None:
     """Wherever it is at that time, also where psycopg gives way to others because the loop is busy."""
     monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", -1.0)
-    engine = database.make_engine(make_settings(database_url, pool_size=1), database_url)
+    engine = pools.make_engine(make_settings(database_url, pool_size=1), database_url)
     try:
         await database.run(engine, "select 1")
         for steps in range(12):
@@ -86,4 +86,4 @@ async def test_what_is_cancelled_gives_its_connection_back(
             gc.collect()  # a connection that was lost would be complained about here
             assert await asyncio.wait_for(database.run(engine, "select 1"), 5) == [(1,)]
     finally:
-        await database.close(engine)
+        await pools.close(engine)

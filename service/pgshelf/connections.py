@@ -1,0 +1,186 @@
+"""Single connections: how one is addressed, opened and cut, and what its errors say of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import psycopg
+import psycopg.conninfo
+
+from pgshelf.consistency import Position
+from pgshelf.errors import Problem
+from pgshelf.settings import Settings
+
+# What a connection answers whose server was migrated or demoted, or is another one, since it was opened.
+STALE_STATES = {"25006", "26000", "3F000", "42704", "42883", "42P01", "42P05"}
+STALE_MESSAGES = ("cache lookup failed", "cached plan must not change")
+
+
+def dsn(url: str, **parameters: str | int) -> str:
+    """A libpq connection string from any form of one; SQLAlchemy's `postgresql+psycopg://` is understood too."""
+    return psycopg.conninfo.make_conninfo(url.replace("postgresql+psycopg://", "postgresql://", 1), **parameters)
+
+
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection of a pool, and what is known of its server."""
+
+    system: int | None = None  # the cluster, where clients are told how far their writes are
+    seen: Position | None = None  # of a standby: how far it had replayed when it was last asked
+    unconfirmed = False  # a commit that no standby confirmed has gone through
+    patience = 30.0  # seconds that a commit may wait for standbys
+
+    def heed(self, notice: psycopg.errors.Diagnostic) -> None:
+        """Remember that the wait for a standby was cut short: what was committed may be lost with this server."""
+        # the function's name, for the message is in the server's language
+        self.unconfirmed |= notice.source_function == "SyncRepWaitForLSN"
+
+    # SQLAlchemy sets these of a connection that it takes out of its pool, and loses it where that is cancelled
+    async def set_autocommit(self, value: bool) -> None:
+        """Without giving way to others, as psycopg does on a busy loop: it asks the server nothing."""
+        _at_once(super().set_autocommit(value))
+
+    async def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """Likewise."""
+        _at_once(super().set_isolation_level(value))
+
+    def cut(self) -> None:
+        """End it at once, from outside: whoever waits for its answer learns that it is lost."""
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as beside:
+            beside.shutdown(socket.SHUT_RDWR)
+
+
+def _at_once(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        while work.send(None) is None:
+            pass
+    except StopIteration:
+        return
+    finally:
+        work.close()
+    raise RuntimeError("somebody else uses the connection")
+
+
+def connect(url: str, name: str) -> psycopg.Connection[Any]:
+    """A plain connection for commands that ask the server something; autocommit."""
+    # the encoding is named lest a database that has none hand out bytes
+    target = dsn(url, application_name=f"pgshelf {name}", connect_timeout=5, client_encoding="UTF8")
+    return psycopg.connect(target, autocommit=True)
+
+
+def serving_dsn(settings: Settings, url: str, name: str, **parameters: str | int) -> str:
+    """The connection string of a serving process; of several hosts the one that takes writes is wanted.
+
+    A server that has vanished without a word is noticed within seconds.
+    """
+    known = psycopg.conninfo.conninfo_to_dict(dsn(url))
+    lively: dict[str, str | int] = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    lively["tcp_user_timeout"] = 15_000
+    if "," in str(known.get("host") or known.get("hostaddr") or ""):
+        lively["target_session_attrs"] = "read-write"
+    given = {key: value for key, value in lively.items() if key not in known}
+    return dsn(url, application_name=name, connect_timeout=settings.connect_timeout, **given, **parameters)
+
+
+Opening = Callable[[], AbstractAsyncContextManager[Any]]  # around the making of a connection; may refuse or end it
+
+
+async def opened(target: str, opening: Opening = contextlib.nullcontext, *, autocommit: bool = False) -> Connection:
+    """A new connection, unless `opening` has something against it."""
+    connection: Connection | None = None
+    try:
+        async with opening():
+            connection = await Connection.connect(target, autocommit=autocommit)
+    except BaseException:
+        if connection is not None:  # made a moment before it was given up
+            connection.pgconn.finish()
+        raise
+    return connection
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether the connection is gone, or there was none."""
+    if not isinstance(error, psycopg.OperationalError):
+        return False
+    state = error.sqlstate
+    return state is None or state[:2] == "08" or state in ("53300", "57P01", "57P02", "57P03", "57P05")
+
+
+def is_stale(error: psycopg.Error) -> bool:
+    if error.sqlstate is None:  # the driver learned no vector type, when there was none yet
+        return isinstance(error, psycopg.ProgrammingError)
+    return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)
+
+
+class Beside:
+    """One connection beside the pool, for a short question that each request asks before anything else.
+
+    A question is one statement that may be carried out twice, so it is asked again where the connection was lost. Its
+    plans are generic: they never touch the shelves.
+    """
+
+    def __init__(
+        self, settings: Settings, url: str, name: str = "auth", opening: Opening = contextlib.nullcontext
+    ) -> None:
+        self._opening = opening
+        self._silence = settings.replica_timeout if settings.replica_url else settings.statement_timeout + 5
+        self._target = serving_dsn(
+            settings,
+            url,
+            f"pgshelf {name}",
+            options=f"-c statement_timeout={int(settings.statement_timeout * 1000)} -c jit=off"
+            " -c plan_cache_mode=force_generic_plan",
+        )
+        self._patience = settings.pool_timeout
+        self._turn = asyncio.Lock()
+        self._connection: Connection | None = None
+
+    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Run a statement by itself, in turn."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Problem("pool_exhausted", "The database is slow to say who may come in. Try again.") from None
+        try:
+            fresh = self._connection is None
+            try:
+                return await self._ask(question, parameters)
+            except psycopg.Error as error:
+                await self.close()
+                if fresh or not (isinstance(error, psycopg.OperationalError) or is_stale(error)):
+                    raise
+                return await self._ask(question, parameters)
+        except BaseException:  # cancelled, too: what the connection is in the middle of, nobody knows
+            await self.close()
+            raise
+        finally:
+            self._turn.release()
+
+    async def _ask(self, question: str, parameters: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+        if self._connection is None:
+            self._connection = await opened(self._target, self._opening, autocommit=True)
+        # who says nothing is not waited for; a question that is cancelled would wait, for the server to say so
+        silence = asyncio.get_running_loop().call_later(self._silence, self._connection.cut)
+        try:
+            async with self._connection.cursor(binary=True) as cursor:
+                await cursor.execute(question.encode(), parameters, prepare=True)
+                return await cursor.fetchall()
+        finally:
+            silence.cancel()
+
+    def cut(self) -> None:
+        """End a question that the server does not answer."""
+        if self._connection is not None:
+            self._connection.cut()
+
+    async def close(self) -> None:
+        """Give the connection back; the next question opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
