@@ -68,7 +68,7 @@ class Client(FastHttpUser):
         self.ask("admin", "GET", random.choice(["", "/index", "/documents?limit=20"]))
 
     def document(self) -> dict[str, Any]:
-        """One of the documents that are written again and again, with a text of about a page."""
+        """One of the documents that are written again and again, with a text of one chunk or two."""
         return {
             "key": f"load-{random.randrange(KEYS)}",
             "title": "Written under load",

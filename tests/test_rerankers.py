@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import providers
 from pgshelf.errors import CODES, Problem, problem_of
@@ -311,13 +312,18 @@ async def test_connections_are_kept_between_searches(
     assert cohere_server.connections == opened + 1
 
 
+def engine() -> AsyncEngine:
+    """A pool that opens no connection: circuits belong to one."""
+    return make_engine(Settings(), "postgresql://127.0.0.1:1/nowhere")
+
+
 async def test_the_application_closes_them_at_its_end(cohere_server: CohereServer) -> None:
     from pgshelf.app import create_app
 
     nowhere = "postgresql://127.0.0.1:1/nowhere"  # nothing asks the database here
     settings = settings_for(cohere_server, database_url=nowhere, worker_enabled=False, embedder="none")
     async with create_app(settings).lifespan():
-        assert await rerank(settings, CHOICE, QUERY, TEXTS, 4) == BEST
+        assert await rerank(engine(), settings, CHOICE, QUERY, TEXTS, 4) == BEST
         [connection] = providers._connections[asyncio.get_running_loop()].values()
         assert not connection.http.is_closed
     assert connection.http.is_closed
@@ -328,6 +334,7 @@ def test_the_package_is_imported_by_the_first_rerank_only_and_without_a_warning(
 import asyncio, sys
 import pgshelf.app
 from pgshelf.rerankers import reranker_for
+from pgshelf.pools import make_engine
 from pgshelf.settings import Settings
 reranker = reranker_for(Settings(cohere_api_key="{cohere_server.key}", cohere_base_url="{cohere_server.url}"), "cohere")
 assert "cohere" not in sys.modules
@@ -410,7 +417,7 @@ async def test_failures_are_problems(
 ) -> None:
     cohere_server.fail(*faults)
     with pytest.raises(Problem, match=words) as caught:
-        await rerank(settings_for(cohere_server, cohere_timeout=2.0), CHOICE, QUERY, TEXTS, 4)
+        await rerank(engine(), settings_for(cohere_server, cohere_timeout=2.0), CHOICE, QUERY, TEXTS, 4)
     assert (caught.value.code, caught.value.status) == (code, CODES[code][0])
     assert caught.value.headers.get("Retry-After") == retry_after
     assert QUERY not in caught.value.detail and TEXTS[0] not in caught.value.detail
@@ -425,23 +432,23 @@ async def test_a_server_that_cannot_rerank_says_so(cohere_server: CohereServer, 
         (settings_for(cohere_server), RerankChoice("other"), "one of cohere, not 'other'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(Problem, match=words) as caught:
-            await rerank(settings, choice, QUERY, TEXTS, 4)
+            await rerank(engine(), settings, choice, QUERY, TEXTS, 4)
         assert (caught.value.code, caught.value.status) == ("reranker_not_configured", 422)
     with pytest.raises(Problem, match="needs PGSHELF_COHERE_API_KEY") as caught:
         reach(without, CHOICE, 10)
     assert caught.value.code == "reranker_not_configured"
     wrong = settings_for(cohere_server, cohere_api_key="wrong")
     with pytest.raises(Problem, match="refused the key in PGSHELF_COHERE_API_KEY") as caught:
-        await rerank(wrong, CHOICE, QUERY, TEXTS, 4)
+        await rerank(engine(), wrong, CHOICE, QUERY, TEXTS, 4)
     assert caught.value.code == "reranker_failed"
 
 
 async def test_a_query_must_be_there_and_be_text(cohere_server: CohereServer, closed: None) -> None:
     with pytest.raises(Problem, match="rerank: needs query") as caught:
-        await rerank(settings_for(cohere_server), CHOICE, " ", TEXTS, 4)
+        await rerank(engine(), settings_for(cohere_server), CHOICE, " ", TEXTS, 4)
     assert caught.value.status == 400
     with pytest.raises(UnicodeEncodeError) as refused:
-        await rerank(settings_for(cohere_server), CHOICE, "a\ud800b", TEXTS, 4)
+        await rerank(engine(), settings_for(cohere_server), CHOICE, "a\ud800b", TEXTS, 4)
     assert problem_of(refused.value).code == "invalid_text"
     assert cohere_server.asked == []
 

@@ -15,24 +15,29 @@ from pgshelf.embedders import (
     Embedder,
     EmbedderAway,
     EmbedderError,
-    EmbedderUnavailable,
     ModelUnknown,
     TextRefused,
     TextsRefused,
 )
+from pgshelf.rerankers import ModelUnknown as RerankModelUnknown
+from pgshelf.rerankers import RefusedToRank, Reranker, RerankerError, RerankerUnavailable
 from pgshelf.settings import Settings
 
 ANSWERS = (TextRefused, TextsRefused, ModelUnknown)  # the provider is there, and refuses what was asked
+RERANKERS_ANSWERS = (RefusedToRank, RerankModelUnknown)
 OPEN = Gauge(
     "pgshelf_circuits_open",
-    "Processes that leave an embedder alone because it keeps failing.",
+    "Processes that leave an embedder or reranker alone because it keeps failing.",
     ["provider", "model"],
     multiprocess_mode="livesum",
 )
-OPENED = Counter("pgshelf_circuits_opened", "Times that a process began to leave an embedder alone.", ["provider"])
+OPENED = Counter(
+    "pgshelf_circuits_opened", "Times that a process began to leave an embedder or reranker alone.", ["provider"]
+)
 Identity = tuple[str, str, int]
 # by the pool of the application: one process may run several
 _circuits: WeakKeyDictionary[AsyncEngine, dict[Identity, Breaker]] = WeakKeyDictionary()
+_of_rerankers: WeakKeyDictionary[AsyncEngine, dict[str, Breaker]] = WeakKeyDictionary()
 
 
 def _identity(embedder: Embedder) -> Identity:
@@ -40,40 +45,55 @@ def _identity(embedder: Embedder) -> Identity:
     return embedder.provider, embedder.model, embedder.dimension
 
 
-def _circuit(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Breaker:
-    circuits = _circuits.setdefault(engine, {})
-    identity = _identity(embedder)
-    if identity not in circuits:
-        name = f'the embedder "{embedder.provider}" with the model "{embedder.model}"'
-        circuits[identity] = Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=_count(embedder))
-    return circuits[identity]
-
-
-def _count(embedder: Embedder) -> Callable[[bool], None]:
-    gauge, counter = OPEN.labels(embedder.provider, embedder.model), OPENED.labels(embedder.provider)
+def _made(settings: Settings, kind: str, provider: str, model: str) -> Breaker:
+    gauge, counter = OPEN.labels(provider, model), OPENED.labels(provider)
 
     def changed(is_open: bool) -> None:
         gauge.set(is_open)
         counter.inc(is_open)
 
-    return changed
+    name = f'the {kind} "{provider}" with the model "{model}"'
+    return Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=changed)
 
 
 @contextlib.contextmanager
 def guarded(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Iterator[None]:
     """Around a call of a provider, to note how it ends; while the circuit is open, EmbedderAway instead."""
-    circuit = _circuit(engine, settings, embedder)
+    circuits, identity = _circuits.setdefault(engine, {}), _identity(embedder)
+    if identity not in circuits:
+        circuits[identity] = _made(settings, "embedder", embedder.provider, embedder.model)
+    with _around(circuits[identity], ANSWERS, EmbedderError, EmbedderAway):
+        yield
+
+
+@contextlib.contextmanager
+def guarded_reranker(engine: AsyncEngine, settings: Settings, reranker: Reranker) -> Iterator[None]:
+    """The same around a call of a reranker; while its circuit is open, RerankerUnavailable instead."""
+    circuits = _of_rerankers.setdefault(engine, {})
+    if reranker.model not in circuits:
+        circuits[reranker.model] = _made(settings, "reranker", reranker.provider, reranker.model)
+    with _around(circuits[reranker.model], RERANKERS_ANSWERS, RerankerError, RerankerUnavailable):
+        yield
+
+
+@contextlib.contextmanager
+def _around(
+    circuit: Breaker,
+    answers: tuple[type[Exception], ...],
+    failures: type[Exception],
+    away: Callable[[str, float], Exception],
+) -> Iterator[None]:
     try:
         probe = circuit.enter()
     except CircuitOpen as error:
-        raise EmbedderAway(str(error), error.retry_after) from None
+        raise away(str(error), error.retry_after) from None
     try:
         yield
-    except ANSWERS:
+    except answers:
         circuit.succeeded()
         raise
-    except EmbedderError as error:
-        circuit.failed(probe, error.retry_after if isinstance(error, EmbedderUnavailable) else None)
+    except failures as error:
+        circuit.failed(probe, getattr(error, "retry_after", None))
         raise
     except BaseException:  # cancelled, or a bug: says nothing of the provider
         circuit.left(probe)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -20,6 +22,7 @@ from pgshelf.settings import Settings
 # What a connection answers whose server was migrated or demoted, or is another one, since it was opened.
 STALE_STATES = {"25006", "26000", "3F000", "42704", "42883", "42P01", "42P05"}
 STALE_MESSAGES = ("cache lookup failed", "cached plan must not change")
+MOST_TOGETHER = 100  # questions in one round trip
 
 
 def dsn(url: str, **parameters: str | int) -> str:
@@ -117,15 +120,30 @@ def is_stale(error: psycopg.Error) -> bool:
     return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)
 
 
+@dataclass(eq=False)
+class _Question:
+    statement: str
+    parameters: Mapping[str, Any] | None
+    answer: asyncio.Future[list[tuple[Any, ...]]]
+    limit: asyncio.Timeout  # for it to be sent
+
+
 class Beside:
     """One connection beside the pool, for a short question that each request asks before anything else.
 
-    A question is one statement that may be carried out twice, so it is asked again where the connection was lost. Its
-    plans are generic: they never touch the shelves.
+    Questions that come while others are answered go to the server together, in one round trip, unless they lock rows
+    (`together=False`): two processes could then wait for each other. A question is one statement that may be carried
+    out twice, so it is asked again where the connection was lost. Its plans are generic: they never touch the shelves.
     """
 
     def __init__(
-        self, settings: Settings, url: str, name: str = "auth", opening: Opening = contextlib.nullcontext
+        self,
+        settings: Settings,
+        url: str,
+        name: str = "auth",
+        opening: Opening = contextlib.nullcontext,
+        *,
+        together: bool = True,
     ) -> None:
         self._opening = opening
         self._silence = settings.replica_timeout if settings.replica_url else settings.statement_timeout + 5
@@ -137,45 +155,75 @@ class Beside:
             " -c plan_cache_mode=force_generic_plan",
         )
         self._patience = settings.pool_timeout
-        self._turn = asyncio.Lock()
+        self._most = MOST_TOGETHER if together else 1
+        self._waiting: list[_Question] = []
+        self._asking: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
 
     async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
-        """Run a statement by itself, in turn."""
+        """The rows of a statement, which sees whatever was committed before it was asked."""
+        answer: asyncio.Future[list[tuple[Any, ...]]] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(self._patience):
-                await self._turn.acquire()
+            async with asyncio.timeout(self._patience) as limit:
+                self._waiting.append(_Question(question, parameters, answer, limit))
+                if self._asking is None or self._asking.done():
+                    # others go on with it when this caller gives up, and it is no part of his request
+                    self._asking = asyncio.create_task(self._answer_all(), context=contextvars.Context())
+                return await answer
         except TimeoutError:
+            if not limit.expired():
+                raise
             raise Problem("pool_exhausted", "The database is slow to say who may come in. Try again.") from None
-        try:
-            fresh = self._connection is None
-            try:
-                return await self._ask(question, parameters)
-            except psycopg.Error as error:
-                await self.close()
-                if fresh or not (isinstance(error, psycopg.OperationalError) or is_stale(error)):
-                    raise
-                return await self._ask(question, parameters)
-        except BaseException:  # cancelled, too: what the connection is in the middle of, nobody knows
-            await self.close()
-            raise
-        finally:
-            self._turn.release()
 
-    async def _ask(self, question: str, parameters: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    async def _answer_all(self) -> None:
+        while self._waiting:
+            asked, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+            if asked := [each for each in asked if not each.answer.done()]:
+                for each in asked:
+                    each.limit.reschedule(None)
+                await self._answer(asked)
+
+    async def _answer(self, asked: list[_Question]) -> None:
+        fresh = self._connection is None
+        try:
+            answers = await self._send(asked)
+        except psycopg.Error as error:
+            await self.close()
+            lost = isinstance(error, psycopg.OperationalError) or is_stale(error)
+            if lost and not fresh:
+                await self._answer(asked)
+            elif len(asked) > 1 and not lost:  # one of them is to blame
+                for each in asked:
+                    await self._answer([each])
+            else:
+                _fail(asked, error)
+        except BaseException as error:
+            await self.close()
+            ended = not isinstance(error, Exception)
+            _fail(asked, psycopg.OperationalError("the service ends") if ended else error)
+            if ended:
+                raise
+        else:
+            for each, rows in zip(asked, answers, strict=True):
+                if not each.answer.done():
+                    each.answer.set_result(rows)
+
+    async def _send(self, asked: list[_Question]) -> list[list[tuple[Any, ...]]]:
         if self._connection is None:
             self._connection = await opened(self._target, self._opening, autocommit=True)
         # who says nothing is not waited for; a question that is cancelled would wait, for the server to say so
         silence = asyncio.get_running_loop().call_later(self._silence, self._connection.cut)
+        cursors = [self._connection.cursor(binary=True) for _ in asked]
         try:
-            async with self._connection.cursor(binary=True) as cursor:
-                await cursor.execute(question.encode(), parameters, prepare=True)
-                return await cursor.fetchall()
+            async with self._connection.pipeline() if len(asked) > 1 else contextlib.nullcontext():
+                for cursor, each in zip(cursors, asked, strict=True):
+                    await cursor.execute(each.statement.encode(), each.parameters, prepare=True)
+            return [await cursor.fetchall() for cursor in cursors]
         finally:
             silence.cancel()
 
     def cut(self) -> None:
-        """End a question that the server does not answer."""
+        """End questions that the server does not answer."""
         if self._connection is not None:
             self._connection.cut()
 
@@ -184,3 +232,9 @@ class Beside:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+
+def _fail(asked: list[_Question], error: BaseException) -> None:
+    for each in asked:
+        if not each.answer.done():
+            each.answer.set_exception(error)

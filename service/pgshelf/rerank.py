@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import providers
+from pgshelf import circuits, providers
 from pgshelf.errors import Problem, invalid
 from pgshelf.rerankers import (
     ModelUnknown,
@@ -59,7 +60,7 @@ def reach(settings: Settings, choice: RerankChoice, wanted: int) -> int:
 
 
 async def rerank(
-    settings: Settings, choice: RerankChoice, query: str, texts: Sequence[str], top: int
+    engine: AsyncEngine, settings: Settings, choice: RerankChoice, query: str, texts: Sequence[str], top: int
 ) -> list[tuple[int, float]]:
     """The `top` texts most relevant to the query, best first, as (place in `texts`, relevance).
 
@@ -69,7 +70,11 @@ async def rerank(
         raise invalid("rerank", "needs query: it is the text that the hits are compared with")
     reranker = _reranker(settings, choice)
     try:
-        with stage("rerank"), providers.measured(choice.provider, "rerank", (ModelUnknown,)):
+        with (
+            stage("rerank"),
+            circuits.guarded_reranker(engine, settings, reranker),
+            providers.measured(choice.provider, "rerank", circuits.RERANKERS_ANSWERS),
+        ):
             return await reranker.rerank(query, texts, top)
     except ModelUnknown as error:
         raise _problem("reranker_not_configured", error) from error

@@ -183,7 +183,7 @@ async def search_libraries(
     async def find() -> tuple[LibrariesAnswer, States | None]:
         hits, states = await asked_again(lambda: _several(reader, settings, names, wide))
         if data.rerank is not None:
-            hits = await reranked(settings, data, hits)
+            hits = await reranked(database.primary(reader), settings, data, hits)
         return LibrariesAnswer(hits, 0.0), states
 
     answer = await cache.answer(names, data, cache_control, find, LibrariesAnswer)

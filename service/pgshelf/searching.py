@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 from prometheus_client import Counter
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, filters, limits
 from pgshelf.embedding import asked_again, embed
@@ -325,7 +325,7 @@ async def search(
     async def find() -> tuple[SearchAnswer, States | None]:
         answer, states = await asked_again(asked)
         if data.rerank is not None:
-            answer.hits = await reranked(settings, data, answer.hits)
+            answer.hits = await reranked(database.primary(reader), settings, data, answer.hits)
         return answer, states
 
     answer = await cache.answer([library], data, "no-store" if data.explain else control, find, SearchAnswer)
@@ -348,11 +348,11 @@ def widened(data: Ranking, settings: Settings) -> Any:
     return msgspec.structs.replace(data, k=wanted, offset=0, include=[*data.include, "text"], min_score=None)
 
 
-async def reranked(settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
+async def reranked(engine: AsyncEngine, settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
     """The hits in the reranker's order; their score is its relevance, which min_score then means."""
     choice, query = data.rerank, data.query or ""
     assert choice is not None  # noqa: S101 - narrows the type: the caller looked
-    order = await rerank(settings, choice, query, [str(hit.text) for hit in hits], data.k + data.offset)
+    order = await rerank(engine, settings, choice, query, [str(hit.text) for hit in hits], data.k + data.offset)
     found = [msgspec.structs.replace(hits[place], score=relevance) for place, relevance in order]
     if data.min_score is not None:
         found = [hit for hit in found if hit.score >= data.min_score]

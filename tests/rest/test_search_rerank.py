@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from tests.cohere_server import CohereServer, hang, relevance, status
-from tests.rest.asking import at, document, library, ok, problem
+from tests.rest.asking import at, document, library, ok, problem, until
 
 SEARCH = at("libraries", "shelf", "search")
 TEXTS = ["cats sleep", "dogs bark at cats", "cats and dogs", "birds sing", "dogs"]
@@ -67,6 +67,36 @@ async def test_failures_of_the_provider_are_told(client: httpx2.AsyncClient, coh
     problem(await client.post(SEARCH, json=request), 504, "reranker_timeout")
     too_many = {**request, "rerank": {"provider": "cohere", "candidates": 500}}
     problem(await client.post(SEARCH, json=too_many), 400, "validation_failed")
+
+
+async def test_one_that_keeps_failing_is_left_alone_until_it_is_back(
+    database_url: str, make_settings: Any, make_client: Any, cohere_server: CohereServer
+) -> None:
+    settings = make_settings(
+        database_url, cohere_api_key=cohere_server.key, cohere_base_url=cohere_server.url, circuit_failures=2
+    )
+    client = await make_client(settings)
+    await library(client, dimension=2)
+    await document(client, "k", chunks=[{"text": text, "embedding": [1.0, 0.1]} for text in TEXTS])
+    request = {"vector": [1, 0], "query": "dogs", "mode": "vector", "rerank": {"provider": "cohere"}}
+    refused = {**request, "rerank": {"provider": "cohere", "model": "embed-v4.0"}}
+    for _ in range(3):  # what is refused says nothing of the provider
+        problem(await client.post(SEARCH, json=refused), 422, "reranker_not_configured")
+    cohere_server.outage = status(401)
+    for _ in range(2):
+        problem(await client.post(SEARCH, json=request), 502, "reranker_failed")
+    asked = len(cohere_server.asked)
+    response = await client.post(SEARCH, json=request)
+    assert "has been failing" in problem(response, 503, "reranker_unavailable")["detail"]
+    assert int(response.headers["retry-after"]) >= 1 and len(cohere_server.asked) == asked
+    ok(await client.post(SEARCH, json={**request, "rerank": None}))
+    cohere_server.outage = None
+
+    async def back() -> bool:
+        return (await client.post(SEARCH, json=request)).status_code == 200
+
+    await until(back)
+    assert len(await found(client)) == len(TEXTS)
 
 
 async def test_without_a_key_there_is_no_reranking(database_url: str, make_settings: Any, make_client: Any) -> None:

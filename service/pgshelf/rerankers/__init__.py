@@ -22,6 +22,10 @@ class ModelUnknown(RerankerFailed):
     """The provider has no such model."""
 
 
+class RefusedToRank(RerankerFailed):
+    """The provider does not take what it was sent."""
+
+
 class RerankerUnavailable(RerankerError):
     """The provider cannot answer now; ask again after `retry_after` seconds."""
 

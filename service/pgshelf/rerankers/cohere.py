@@ -8,13 +8,13 @@ from typing import Any
 
 from pgshelf import cohere_api
 from pgshelf.providers import Errors
-from pgshelf.rerankers import ModelUnknown, RerankerFailed, RerankerTimeout, RerankerUnavailable
+from pgshelf.rerankers import ModelUnknown, RefusedToRank, RerankerFailed, RerankerTimeout, RerankerUnavailable
 from pgshelf.settings import Settings
 
 MODEL = "rerank-v5.0-fast"
 MAX_TEXTS = 1000  # what Cohere recommends at most for one request
 MAX_CHARACTERS = 20_000  # Cohere reads the first 4096 tokens of a text; what lies behind need not travel
-ERRORS = Errors(RerankerFailed, RerankerFailed, ModelUnknown, RerankerUnavailable, RerankerTimeout)
+ERRORS = Errors(RerankerFailed, RefusedToRank, ModelUnknown, RerankerUnavailable, RerankerTimeout)
 
 
 class CohereReranker:
