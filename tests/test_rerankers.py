@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import providers
 from pgshelf.errors import CODES, Problem, problem_of
+from pgshelf.pools import make_engine
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.rerankers import (
     ModelUnknown,
