@@ -335,7 +335,6 @@ def test_the_package_is_imported_by_the_first_rerank_only_and_without_a_warning(
 import asyncio, sys
 import pgshelf.app
 from pgshelf.rerankers import reranker_for
-from pgshelf.pools import make_engine
 from pgshelf.settings import Settings
 reranker = reranker_for(Settings(cohere_api_key="{cohere_server.key}", cohere_base_url="{cohere_server.url}"), "cohere")
 assert "cohere" not in sys.modules
