@@ -176,7 +176,7 @@ create or replace function pgshelf.reach(p_mode text, p_wanted int, p_grouped bo
 as $$
   select case
     when p_lambda is not null then greatest(p_wanted, coalesce(p_candidates, 5 * p_wanted))
-    when p_mode = 'hybrid' then greatest(p_wanted, coalesce(p_candidates, 200 * ceil(p_wanted / 100.0)::int))
+    when p_mode = 'hybrid' then greatest(p_wanted, coalesce(p_candidates, 100 * ceil(p_wanted / 50.0)::int))
     when p_grouped then 4 * p_wanted * p_group_size
     else p_wanted end
 $$;
