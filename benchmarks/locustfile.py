@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from locust import FastHttpUser, between, constant, constant_pacing, task
+from locust import FastHttpUser, between, constant, task
 
 DATA: dict[str, Any] = json.loads(Path(os.environ["LOAD_DATA"]).read_text())
 RATE = float(os.environ.get("LOAD_RATE", "100"))  # of all users of Open together
@@ -80,11 +80,15 @@ class Client(FastHttpUser):
 class Open(Client):
     """As many requests a second as LOAD_RATE says, however long they take: LOAD_RATE * 5 users with -u."""
 
-    wait_time = constant_pacing(PATIENCE)
-
     def on_start(self) -> None:
         """They do not come all at once."""
-        time.sleep(random.uniform(0, PATIENCE))
+        self.due = time.monotonic() + random.uniform(0, PATIENCE)
+        time.sleep(self.due - time.monotonic())
+
+    def wait_time(self) -> float:
+        """Until PATIENCE after the last one was due; locust's constant_pacing brings all of them together."""
+        self.due += PATIENCE
+        return max(0.0, self.due - time.monotonic())
 
 
 class Users(Client):
