@@ -120,11 +120,14 @@ def is_stale(error: psycopg.Error) -> bool:
     return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)
 
 
+Rows = list[tuple[Any, ...]]
+
+
 @dataclass(eq=False)
 class _Question:
     statement: str
     parameters: Mapping[str, Any] | None
-    answer: asyncio.Future[list[tuple[Any, ...]]]
+    answer: asyncio.Future[Rows]
     limit: asyncio.Timeout  # for it to be sent
 
 
@@ -156,59 +159,83 @@ class Beside:
         )
         self._patience = settings.pool_timeout
         self._most = MOST_TOGETHER if together else 1
+        self._busy = False
         self._waiting: list[_Question] = []
-        self._asking: asyncio.Task[None] | None = None
+        self._others: asyncio.Task[None] | None = None  # answers those that waited
         self._connection: Connection | None = None
 
-    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> Rows:
         """The rows of a statement, which sees whatever was committed before it was asked."""
-        answer: asyncio.Future[list[tuple[Any, ...]]] = asyncio.get_running_loop().create_future()
+        if self._busy:
+            return await self._wait(question, parameters)
+        self._busy = True
+        try:
+            [answer] = await self._answers([(question, parameters)])
+        finally:
+            self._busy = bool(self._waiting)
+            if self._busy:  # a task of its own, no part of any request
+                self._others = asyncio.create_task(self._answer_others(), context=contextvars.Context())
+        if isinstance(answer, psycopg.Error):
+            raise answer
+        return answer
+
+    async def _wait(self, question: str, parameters: Mapping[str, Any] | None) -> Rows:
+        answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._patience) as limit:
                 self._waiting.append(_Question(question, parameters, answer, limit))
-                if self._asking is None or self._asking.done():
-                    # others go on with it when this caller gives up, and it is no part of his request
-                    self._asking = asyncio.create_task(self._answer_all(), context=contextvars.Context())
                 return await answer
         except TimeoutError:
             if not limit.expired():
                 raise
             raise Problem("pool_exhausted", "The database is slow to say who may come in. Try again.") from None
 
-    async def _answer_all(self) -> None:
-        while self._waiting:
-            asked, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-            if asked := [each for each in asked if not each.answer.done()]:
+    async def _answer_others(self) -> None:
+        asked: list[_Question] = []
+        try:
+            while self._waiting:
+                taken, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+                asked = [each for each in taken if not each.answer.done()]
                 for each in asked:
                     each.limit.reschedule(None)
-                await self._answer(asked)
+                answers = await self._answers([(each.statement, each.parameters) for each in asked])
+                for each, answer in zip(asked, answers, strict=True):
+                    if each.answer.done():
+                        continue
+                    if isinstance(answer, psycopg.Error):
+                        each.answer.set_exception(answer)
+                    else:
+                        each.answer.set_result(answer)
+        except BaseException as error:
+            ended, self._waiting = [*asked, *self._waiting], []
+            for each in ended:
+                if not each.answer.done():
+                    each.answer.set_exception(psycopg.OperationalError(f"not asked: {error!r}"))
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._busy = False
 
-    async def _answer(self, asked: list[_Question]) -> None:
+    async def _answers(self, asked: list[tuple[str, Mapping[str, Any] | None]]) -> list[Rows | psycopg.Error]:
+        """What each is answered, or why it is not."""
+        if not asked:
+            return []
         fresh = self._connection is None
         try:
-            answers = await self._send(asked)
+            return [*await self._send(asked)]
         except psycopg.Error as error:
             await self.close()
             lost = isinstance(error, psycopg.OperationalError) or is_stale(error)
             if lost and not fresh:
-                await self._answer(asked)
-            elif len(asked) > 1 and not lost:  # one of them is to blame
-                for each in asked:
-                    await self._answer([each])
-            else:
-                _fail(asked, error)
-        except BaseException as error:
+                return await self._answers(asked)
+            if len(asked) > 1 and not lost:  # one of them is to blame
+                return [answer for each in asked for answer in await self._answers([each])]
+            return [error] * len(asked)
+        except BaseException:  # cancelled, too: what the connection is in the middle of, nobody knows
             await self.close()
-            ended = not isinstance(error, Exception)
-            _fail(asked, psycopg.OperationalError("the service ends") if ended else error)
-            if ended:
-                raise
-        else:
-            for each, rows in zip(asked, answers, strict=True):
-                if not each.answer.done():
-                    each.answer.set_result(rows)
+            raise
 
-    async def _send(self, asked: list[_Question]) -> list[list[tuple[Any, ...]]]:
+    async def _send(self, asked: list[tuple[str, Mapping[str, Any] | None]]) -> list[Rows]:
         if self._connection is None:
             self._connection = await opened(self._target, self._opening, autocommit=True)
         # who says nothing is not waited for; a question that is cancelled would wait, for the server to say so
@@ -216,8 +243,8 @@ class Beside:
         cursors = [self._connection.cursor(binary=True) for _ in asked]
         try:
             async with self._connection.pipeline() if len(asked) > 1 else contextlib.nullcontext():
-                for cursor, each in zip(cursors, asked, strict=True):
-                    await cursor.execute(each.statement.encode(), each.parameters, prepare=True)
+                for cursor, (statement, parameters) in zip(cursors, asked, strict=True):
+                    await cursor.execute(statement.encode(), parameters, prepare=True)
             return [await cursor.fetchall() for cursor in cursors]
         finally:
             silence.cancel()
@@ -232,9 +259,3 @@ class Beside:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
-
-
-def _fail(asked: list[_Question], error: BaseException) -> None:
-    for each in asked:
-        if not each.answer.done():
-            each.answer.set_exception(error)

@@ -254,9 +254,9 @@ async def test_callers_who_give_up_leave_the_connection_usable(
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
                 await client.get("/v1/libraries", headers=headers)
-        problem(await client.get("/v1/libraries", headers=headers), 503, "pool_exhausted")
         waiting = asyncio.create_task(client.get("/v1/libraries", headers=headers))
         await asyncio.sleep(0.1)
+        problem(await client.get("/v1/libraries", headers=headers), 503, "pool_exhausted")
         connection.rollback()
     ok(await waiting)
     ok(await client.get("/v1/libraries", headers=headers))
