@@ -29,7 +29,7 @@ from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose,
 READY_SECONDS = 60.0
 CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
-_applied: set[Path] = set()
+_with_application: set[Path] = set()  # files of tests that have made one
 WATCHED = pytest.StashKey[bool]()
 WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
@@ -110,8 +110,8 @@ def unwatched(config: pytest.Config) -> Iterator[None]:
 
 def first_of_its_file(request: pytest.FixtureRequest) -> bool:
     """Whether a file of tests makes an application for the first time: that of each file is watched."""
-    known = request.path in _applied
-    _applied.add(request.path)
+    known = request.path in _with_application
+    _with_application.add(request.path)
     return not known
 
 

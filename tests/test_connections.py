@@ -42,8 +42,8 @@ async def behind(beside: Beside, *questions: tuple[str, dict[str, Any] | None]) 
 
 
 async def test_each_gets_its_own_answer_and_its_own_error(make: Make) -> None:
-    questions = [(NUMBER, {"n": n}) for n in range(250)]
-    questions[7:7] = [("select 1 / 0", None), ("select 'x'::int", None)]  # type: ignore[list-item]
+    questions: list[tuple[str, dict[str, Any] | None]] = [(NUMBER, {"n": n}) for n in range(250)]
+    questions[7:7] = [("select 1 / 0", None), ("select 'x'::int", None)]
     answers = await behind(make(), *questions)
     assert isinstance(answers.pop(7), psycopg.errors.DivisionByZero)
     assert isinstance(answers.pop(7), psycopg.errors.InvalidTextRepresentation)

@@ -1,4 +1,4 @@
-"""Hostile texts through every string that the API takes: a sample; `python -m tests.soak --injection` sends all."""
+"""Hostile texts through every string that the API takes: a sample; `make soak ARGS="--only injection"` sends all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.rest.asking import bearer, key, ok
 from tests.soak.hostile import NUMBERS, TEXTS
 from tests.soak.injection import Corpus
 
-SEED, SHARE = 5, 0.005
+SEED, SHARE = 5, 0.01
 
 
 @pytest.mark.unwatched
@@ -24,7 +24,7 @@ async def test_no_text_does_anything(database_url: str, make_settings: Any, make
     await corpus.run(random.Random(SEED), SHARE)
     print(corpus.figures())
     assert corpus.answers.keys() >= {"200", "201", "400", "401", "404"}
-    assert corpus.same > 2
+    assert corpus.same > 5
 
 
 def test_the_corpus_is_what_it_says() -> None:

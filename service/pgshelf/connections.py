@@ -115,6 +115,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def is_stale(error: psycopg.Error) -> bool:
+    """Whether the server has changed under the connection, so that a new one may fare better."""
     if error.sqlstate is None:  # the driver learned no vector type, when there was none yet
         return isinstance(error, psycopg.ProgrammingError)
     return error.sqlstate in STALE_STATES or str(error).startswith(STALE_MESSAGES)

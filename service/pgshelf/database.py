@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
-import psycopg.conninfo
 import sqlalchemy
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError

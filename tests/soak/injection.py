@@ -2,7 +2,7 @@
 
 The places are found by walking the OpenAPI document, so a new string is covered by itself: parameters of paths, queries
 and headers, every string and number of a body, the keys of its free objects, and filters in all their forms. Used by
-tests/test_injection.py (a sample) and `python -m tests.soak --injection` (all of it).
+tests/test_injection.py (a sample) and `python -m tests.soak --only injection` (all of it).
 """
 
 from __future__ import annotations

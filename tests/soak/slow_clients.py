@@ -1,6 +1,6 @@
 """Clients that are slow, or that are many, and the others, who are served all the while.
 
-Used by tests/test_slow_clients.py (seconds) and `python -m tests.soak --slow-clients` (minutes).
+Used by tests/test_slow_clients.py (seconds) and `python -m tests.soak --only slow-clients` (minutes).
 """
 
 from __future__ import annotations
