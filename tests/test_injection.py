@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from pgshelf import embedded
+from tests.postgres import Choice, Databases, start_server
 from tests.rest.asking import bearer, key, ok
 from tests.soak.hostile import NUMBERS, TEXTS
 from tests.soak.injection import Corpus
@@ -14,12 +18,21 @@ from tests.soak.injection import Corpus
 SEED, SHARE = 5, 0.01
 
 
+@pytest.fixture
+def own_database(postgres_version: int, vector_schema: str) -> Iterator[str]:
+    """On a server of its own: roles belong to all databases of one, and other tests make some."""
+    version = postgres_version if postgres_version in embedded.VERSIONS else 18
+    with contextlib.closing(start_server(Choice("embedded", version))) as server:
+        with contextlib.closing(Databases(server, vector_schema)) as databases:
+            yield databases.migrated()
+
+
 @pytest.mark.unwatched
-async def test_no_text_does_anything(database_url: str, make_settings: Any, make_client: Any) -> None:
+async def test_no_text_does_anything(own_database: str, make_settings: Any, make_client: Any) -> None:
     client = await make_client(
-        make_settings(database_url, auth="on", worker_enabled=False), headers=bearer(key(database_url, "root", "admin"))
+        make_settings(own_database, auth="on", worker_enabled=False), headers=bearer(key(own_database, "root", "admin"))
     )
-    corpus = Corpus(client, database_url, ok(await client.get("/schema")))
+    corpus = Corpus(client, own_database, ok(await client.get("/schema")))
     corpus.prepare()
     await corpus.run(random.Random(SEED), SHARE)
     print(corpus.figures())
