@@ -52,6 +52,7 @@ from pgshelf import (
     worker,
 )
 from pgshelf.embedders import embedder_for
+from pgshelf.guard import Guard
 from pgshelf.settings import Settings
 
 PARENT = "_PGSHELF_PARENT"  # set by `pgshelf serve` to its process id
@@ -114,7 +115,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     topology = replicas.Topology(settings, engine, settings.database_url, servers) if servers else None
     opening = topology.primary.opening if topology else contextlib.nullcontext
     answers = query_cache.QueryCache(settings, settings.database_url, opening)
-    guard = access.Guard(settings, engine, settings.database_url, topology, opening)
+    guard = Guard(settings, engine, settings.database_url, topology, opening)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:

@@ -255,9 +255,9 @@ def _reachable(settings: Settings) -> str:
 
 def _check_access(url: str, settings: Settings) -> str:
     """Who may come in, in a few words; refuses an address that others reach while nothing says who may."""
-    from pgshelf import access, connections
+    from pgshelf import authentication, connections
 
-    closed = access.requires_keys(settings)
+    closed = authentication.requires_keys(settings)
     if closed is False:
         return "open to whoever reaches it: PGSHELF_AUTH=off"
     try:

@@ -13,7 +13,7 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import access, credentials
+from pgshelf import authentication, credentials, hosts
 from pgshelf.settings import Settings
 from tests.rest.asking import bearer, key, library, ok, pages, problem, until
 
@@ -359,7 +359,7 @@ async def test_searching_may_be_public(
     ],
 )  # fmt: skip
 def test_when_keys_are_required(settings: dict[str, Any], wanted: bool | None) -> None:
-    assert access.requires_keys(Settings(**settings)) is wanted
+    assert authentication.requires_keys(Settings(**settings)) is wanted
 
 
 # -- other hosts, other origins
@@ -390,9 +390,9 @@ async def test_on_loopback_other_names_are_refused(client: httpx2.AsyncClient) -
     ],
 )  # fmt: skip
 def test_hosts_by_setting(settings: dict[str, Any], allowed: list[str], refused: list[str]) -> None:
-    hosts = access.allowed_hosts(Settings(**settings))
-    assert all(not hosts or access.is_allowed_host(host, hosts) for host in allowed)
-    assert not any(access.is_allowed_host(host, hosts) for host in refused)
+    allowing = hosts.allowed_hosts(Settings(**settings))
+    assert all(not allowing or hosts.is_allowed_host(host, allowing) for host in allowed)
+    assert not any(hosts.is_allowed_host(host, allowing) for host in refused)
 
 
 async def test_other_origins_may_call_only_by_setting(

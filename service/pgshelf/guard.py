@@ -1,0 +1,163 @@
+"""The guard that every request passes first: it holds who calls against the table in `access.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from litestar import Request
+from litestar.enums import ScopeType
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from pgshelf import auditing, connections, http
+from pgshelf.access import OPEN, RULES, Principal, Rule
+from pgshelf.authentication import Authenticator, Beside, Unauthorized
+from pgshelf.errors import CODES, Problem, invalid
+from pgshelf.hosts import allowed_hosts, is_allowed_host
+from pgshelf.rates import Rates
+from pgshelf.settings import Settings
+
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp, Receive, Scope, Send
+
+MOST = 100  # libraries that one request names
+
+
+class Names(msgspec.Struct):
+    """What a body says of libraries; its handler decodes it again, strictly."""
+
+    libraries: list[str] = []
+    name: str | None = None
+
+
+class Guard:
+    """Lets a request through when its caller may do what it asks for, and answers it when not."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        url: str,
+        beside: Beside | None = None,
+        opening: connections.Opening = contextlib.nullcontext,
+    ) -> None:
+        self._beside = beside or connections.Beside(settings, url)
+        self._callers = Authenticator(settings, engine, self._beside)
+        self._rates = Rates(settings, url, opening)
+        self._hosts = allowed_hosts(settings)
+        self._refusals = auditing.Refusals(engine) if settings.audit else None
+
+    async def close(self) -> None:
+        """Give back what it holds."""
+        await self._callers.close()
+        if self._refusals is not None:
+            await self._refusals.close()
+        await self._beside.close()
+        await self._rates.close()
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """Behind routing: let a request through, with its `pgshelf_principal`, or answer it."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != ScopeType.HTTP:
+                await app(scope, receive, send)
+                return
+            with contextlib.ExitStack() as held:
+                try:
+                    await self._admit(scope, receive, held)
+                except Problem as problem:
+                    self._note_refusal(scope, problem.code, problem.who if isinstance(problem, Unauthorized) else None)
+                    raise
+                await app(scope, receive, send)
+            if (code := scope.get("pgshelf_problem")) is not None:  # what a handler raised was answered below
+                self._note_refusal(scope, str(code), None)
+
+        return guarded
+
+    async def _admit(self, scope: Any, receive: Receive, held: contextlib.ExitStack) -> None:
+        handler = scope["route_handler"]
+        rule = RULES.get(handler.operation_id or "")
+        if rule == OPEN or _is_reference(handler):
+            return
+        headers = dict(scope["headers"])
+        self._check_host(headers.get(b"host", b"").decode("latin-1"))
+        if rule is None or rule.role is None:
+            raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
+        named = scope["path_params"].get("library") if rule.library in ("path", "renamed") else None
+        try:
+            principal, library = await self._callers.caller(headers.get(b"authorization"), named, public=rule.public)
+        except Problem as problem:
+            if problem.status == 401:  # whoever tries keys is counted, too
+                await self._rates.admit(self._rates.address(scope), rule.kind)
+            raise
+        scope["pgshelf_principal"] = principal
+        caller = principal.owner or self._rates.address(scope)
+        held.enter_context(self._rates.at_once(caller, stream=rule.stream))
+        scope["pgshelf_headers"] = await self._rates.admit(caller, rule.kind)
+        if not principal.may(rule.role):
+            raise Problem("forbidden", _lacks(principal, rule.role))
+        if rule.everything and principal.scopes:
+            raise Problem("forbidden", f"It takes a {principal.kind} that sees all libraries; this one sees only some.")
+        if not principal.scopes:
+            return
+        if named is not None:
+            if library is None:
+                raise _missing(named)
+            # the handler finds the very library that was judged, whatever it is called by then
+            scope["path_params"]["library"] = str(library)
+        if rule.library in ("listed", "named", "renamed"):
+            await self._check_body(principal, rule, Request(scope, receive))
+
+    def _note_refusal(self, scope: Any, code: str, who: Principal | None) -> None:
+        """Note for the audit log that somebody was not let in, or to do what it asked for."""
+        if self._refusals is None or CODES[code][0] not in (401, 403):
+            return
+        operation = scope["route_handler"].operation_id or ""
+        who = who or scope.get("pgshelf_principal")
+        # nobody else can say who it is: the other end of the connection
+        name = (scope.get("client") or ("",))[0] if who is None else who.name
+        entry = auditing.Entry(
+            auditing.OPERATIONS.get(operation, "access"),
+            *("anybody" if who is None else who.kind, name, None if who is None else who.id),
+            library=scope["path_params"].get("library"),
+            request_id=scope["pgshelf_request_id"],
+            detail=f"{operation}: {code}",
+        )
+        self._refusals.note(entry)
+
+    def _check_host(self, host: str) -> None:
+        if self._hosts and not is_allowed_host(host, self._hosts):
+            detail = (
+                f"This server does not answer for the host {host[:100]!r}. PGSHELF_ALLOWED_HOSTS lists those it does."
+            )
+            raise Problem("host_not_allowed", detail)
+
+    async def _check_body(self, principal: Principal, rule: Rule, request: Request[Any, Any, Any]) -> None:
+        """Judge the libraries that a body names; one that cannot be read goes no further."""
+        http.check_content_type(request.scope)
+        told = http.decoded(request.headers.get("content-type", ""), await request.body(), Names)
+        if rule.library == "listed":
+            if len(told.libraries) > MOST:
+                raise invalid("libraries", f"has {len(told.libraries)} entries, at most {MOST} are allowed")
+            ids, _ = await self._callers.seen(principal, told.libraries, None)
+            for name, library in zip(told.libraries, ids, strict=True):
+                if library is None:
+                    raise _missing(name)
+        elif told.name is not None and not (await self._callers.seen(principal, [], told.name))[1]:
+            raise Problem("forbidden", "The key may give only names that it sees libraries by; an id does not count.")
+
+
+def _is_reference(handler: Any) -> bool:
+    """Whether it answers /schema: Litestar's own, the same for every installation of a version."""
+    return bool(handler.operation_id is None and handler.fn.__module__ == "litestar._openapi.plugin")
+
+
+def _missing(library: str) -> Problem:
+    return Problem("library_not_found", f"There is no library {library!r}.")
+
+
+def _lacks(principal: Principal, role: str) -> str:
+    if principal.role is None:
+        return "The token names no role of pgshelf."
+    return f"It takes the role {role}, and the {principal.kind} has the role {principal.role}."
