@@ -12,11 +12,11 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from pgshelf import shelves
+from pgshelf import sessions, shelves
 from pgshelf.settings import Settings
 
 Connection = psycopg.Connection[Any]
-PACE = shelves.Pace(grace=0, sweep=0, retry=0)
+PACE = sessions.Pace(grace=0, sweep=0, retry=0)
 PROMOTE_AT = 20
 RECONCILERS = "from pg_stat_activity where application_name = 'pgshelf shelves' and datname = current_database()"
 
@@ -84,7 +84,7 @@ def want(db: Connection, library: str | UUID, index: dict[str, Any], promote_at:
     return bool(row[0])
 
 
-async def reconcile(settings: Settings, pace: shelves.Pace = PACE, step: shelves.Step | None = None) -> list[str]:
+async def reconcile(settings: Settings, pace: sessions.Pace = PACE, step: sessions.Step | None = None) -> list[str]:
     """Bring everything to its wanted state; tells the steps that were taken."""
     taken: list[str] = []
 
@@ -97,7 +97,7 @@ async def reconcile(settings: Settings, pace: shelves.Pace = PACE, step: shelves
     return taken
 
 
-def dying_at(step: str) -> shelves.Step:
+def dying_at(step: str) -> sessions.Step:
     """A process that ends at a step, in an orderly way: its session is closed."""
 
     async def die(name: str) -> None:
@@ -107,7 +107,7 @@ def dying_at(step: str) -> shelves.Step:
     return die
 
 
-def killed_at(db: Connection, step: str) -> shelves.Step:
+def killed_at(db: Connection, step: str) -> sessions.Step:
     """A backend that is terminated at a step; returns when it is gone."""
 
     async def kill(name: str) -> None:

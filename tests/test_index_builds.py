@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from pgshelf import shelves
+from pgshelf import sessions
 from pgshelf.settings import Settings
 from tests.shelving import (
     PROMOTE_AT,
@@ -356,7 +356,7 @@ async def test_a_build_that_fails_says_why_waits_and_is_tried_again(db: Connecti
     waits = []
     for attempt in range(1, 4):
         db.execute("update pgshelf.libraries set index_after = now()")
-        await reconcile(small, shelves.Pace(grace=0, sweep=0, retry=100))
+        await reconcile(small, sessions.Pace(grace=0, sweep=0, retry=100))
         row = state(db, library)
         assert (row["index_state"], row["index_attempts"]) == ("failed", attempt)
         assert "out of range for type halfvec" in row["index_error"]
@@ -383,7 +383,7 @@ async def test_a_promotion_that_fails_leaves_the_library_where_it_was(db: Connec
     fill(db, library, vectors(30))
     put(db, library, "large", ["text 30"], [[1e6] * 8])
     want(db, library, {"type": "hnsw", "storage": "halfvec"})
-    await reconcile(small, shelves.Pace(grace=0, sweep=0, retry=100))
+    await reconcile(small, sessions.Pace(grace=0, sweep=0, retry=100))
     row = state(db, library)
     assert (row["shelf"], row["moving"], row["index_state"]) == (0, 0, "failed")
     assert texts(db, library) == expected(31)
@@ -396,7 +396,7 @@ async def test_one_index_is_built_at_a_time_and_nothing_else_waits_for_it(
     promoted = make_library(db, "to build", index=HNSW)
     plain = make_library(db, "plain", index={"type": "flat"})
     with psycopg.connect(database_url) as builder:
-        builder.execute("select pg_advisory_lock(%s, %s)", [shelves.SHELVES, shelves.BUILD])
+        builder.execute("select pg_advisory_lock(%s, %s)", [sessions.SHELVES, sessions.BUILD])
         await reconcile(small)
         assert (state(db, promoted)["shelf"], state(db, promoted)["index_state"]) == (0, "building")
         assert state(db, plain)["shelf"] > 0
@@ -436,16 +436,16 @@ async def test_a_build_without_shared_memory_goes_on_alone(
 ) -> None:
     library = make_library(db, index=HNSW)
     fill(db, library, vectors(30))
-    plain, seen = shelves.Shelves._run, []
+    plain, seen = sessions.Session.run, []
 
-    async def run(self: shelves.Shelves, statement: str, *parameters: Any) -> None:
+    async def run(self: sessions.Session, statement: str, *parameters: Any) -> None:
         if "hnsw" in statement:
             seen.append((await self.rows("select current_setting('max_parallel_maintenance_workers')::int"))[0][0])
             if len(seen) == 1:
                 raise psycopg.errors.DiskFull("could not resize shared memory segment")
         await plain(self, statement, *parameters)
 
-    monkeypatch.setattr(shelves.Shelves, "_run", run)
+    monkeypatch.setattr(sessions.Session, "run", run)
     await reconcile(small)
     assert len(seen) == 2 and seen[0] > 0 and seen[1] == 0
     assert state(db, library)["index_state"] == "ready"
@@ -456,14 +456,14 @@ async def test_a_build_gets_the_memory_it_is_estimated_to_need(
 ) -> None:
     library = make_library(db, index=HNSW)
     fill(db, library, vectors(30))
-    plain, seen = shelves.Shelves._run, []
+    plain, seen = sessions.Session.run, []
 
-    async def run(self: shelves.Shelves, statement: str, *parameters: Any) -> None:
+    async def run(self: sessions.Session, statement: str, *parameters: Any) -> None:
         if "hnsw" in statement:
             seen.append((await self.rows("select pg_size_bytes(current_setting('maintenance_work_mem'))"))[0][0])
         await plain(self, statement, *parameters)
 
-    monkeypatch.setattr(shelves.Shelves, "_run", run)
+    monkeypatch.setattr(sessions.Session, "run", run)
     for limit in (2**30, 2**22):
         want(db, library, {**HNSW, "m": 5 if limit == 2**30 else 6})
         await reconcile(msgspec.structs.replace(small, index_memory_bytes=limit))

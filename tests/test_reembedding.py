@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from pgshelf import embedder_choice, embedding, pools, reembedding, searching, shelves, worker
+from pgshelf import embedder_choice, embedding, moves, pools, reembedding, searching, sessions, shelves, worker
 from pgshelf.embedders import EmbedderFailed, EmbedderUnavailable, Kind, TextRefused
 from pgshelf.settings import Settings
 from tests.rest.asking import ok, problem
@@ -164,7 +164,7 @@ async def engine_of(settings: Settings) -> AsyncIterator[Any]:
         await engine.dispose()
 
 
-async def carry_out(settings: Settings, step: shelves.Step | None = None, pace: shelves.Pace = PACE) -> list[str]:
+async def carry_out(settings: Settings, step: sessions.Step | None = None, pace: sessions.Pace = PACE) -> list[str]:
     """Look after all changes, and the moves they need, until nothing is due; tells the steps. Dies with either."""
     taken: list[str] = []
 
@@ -823,12 +823,12 @@ async def test_a_library_that_is_written_all_the_time_changes_in_the_end(
             await asyncio.sleep(0.005)
 
     writer = asyncio.create_task(write())
-    await carry_out(small, pace=shelves.Pace(grace=0, sweep=0, retry=0, patience=0.3))
+    await carry_out(small, pace=sessions.Pace(grace=0, sweep=0, retry=0, patience=0.3))
     await writer
     found = vectors_of(db, library)
     assert sorted(found) == sorted([*named(30), *written])
     late = [text for text, vector in found.items() if vector is None]
-    assert 0 < len(late) <= shelves.TOLERATED
+    assert 0 < len(late) <= moves.TOLERATED
     assert db.execute("select count(*) from pgshelf.waiting").fetchone() != (0,)
     # the very last one may have been written, by its client, just after
     odd = [t for t, v in found.items() if v is not None and not np.allclose(v, makers(NEW).vector(t), atol=1e-6)]
@@ -842,7 +842,7 @@ async def test_vectors_that_never_come_make_a_move_end_and_begin_again(
     fill(db, library, makers, 4)
     await shelves.reconcile_all_async(small, PACE)
     ask_for(db, NEW)
-    pace = shelves.Pace(grace=0, sweep=0, retry=0, despair=0.1)
+    pace = sessions.Pace(grace=0, sweep=0, retry=0, despair=0.1)
     begun = False
 
     async def write(step: str) -> None:

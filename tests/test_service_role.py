@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgshelf import shelves
+from pgshelf import sessions, shelves
 from tests.conftest import MakeClient
 from tests.rest import asking
 from tests.rest.asking import at, ok
@@ -128,7 +128,7 @@ async def change_libraries(client: httpx2.AsyncClient, worker: Any) -> None:
     path = at("libraries", "shelf")
     ok(await client.put(f"{path}/index", json={"type": "hnsw"}), 202)
     ok(await client.patch(path, json={"description": "moves", "attributes": {"year": "number", "lang": "text"}}))
-    await shelves.reconcile_all_async(worker, shelves.Pace(grace=0, sweep=0, retry=0))
+    await shelves.reconcile_all_async(worker, sessions.Pace(grace=0, sweep=0, retry=0))
     state = ok(await client.get(f"{path}/index"))
     assert (state["actual"]["type"], state["state"]) == ("hnsw", "ready") and state["shelf"] > 0, state
     assert ok(await client.post(f"{path}/search", json={"query": "space"}))["hits"][0]["key"] == "a"
@@ -156,7 +156,17 @@ def test_all_that_the_service_calls_is_granted_to_it(database_url: str) -> None:
     """A function that is new in service/ fails here until sql/90_grants.sql names it."""
     folder = Path(shelves.__file__).parent
     # what builds is the worker's, who becomes the owner; the command line is the owner's
-    owners = {"shelves.py", "reembedding.py", "cli.py", "cli_keys.py", "migrate.py", "tables.py", "benchmarks.py"}
+    owners = {
+        "shelves.py",
+        "moves.py",
+        "index_builds.py",
+        "reembedding.py",
+        "cli.py",
+        "cli_keys.py",
+        "migrate.py",
+        "tables.py",
+        "benchmarks.py",
+    }
     called = {
         name
         for file in folder.glob("*.py")

@@ -14,7 +14,7 @@ import msgspec
 import psycopg
 import pytest
 
-from pgshelf import shelves
+from pgshelf import moves, sessions, shelves
 from pgshelf.settings import Settings
 from tests.shelving import (
     PACE,
@@ -200,7 +200,7 @@ async def test_a_deleted_library_leaves_with_its_whole_shelf(db: Connection, sma
     # its documents are gone, its chunks were not deleted row by row
     assert db.execute("select count(*) from pgshelf.documents").fetchone() == (0,)
     assert db.execute(f"select count(*) from pgshelf.chunks_s{shelf}".encode()).fetchone() == (PROMOTE_AT,)
-    await reconcile(small, shelves.Pace(grace=60, sweep=0))
+    await reconcile(small, sessions.Pace(grace=60, sweep=0))
     assert shelf_indexes(db, shelf) != [], "a search may still be on its way"
     await reconcile(small)
     assert shelf_indexes(db, shelf) == []
@@ -244,7 +244,7 @@ async def test_a_shelf_in_use_by_an_open_transaction_goes_later(
     fill(db, library, vectors(PROMOTE_AT))
     await reconcile(small)
     shelf = state(db, library)["shelf"]
-    monkeypatch.setattr(shelves, "DETACH_WAIT", "50ms")
+    monkeypatch.setattr(moves, "DETACH_WAIT", "50ms")
     with psycopg.connect(small.database_url or "") as reader:
         reader.execute("select count(*) from pgshelf.chunks_view")
         db.execute("select pgshelf.delete_library('notes')")
@@ -535,7 +535,7 @@ async def test_a_move_that_dies_at_a_step_is_made_good(
     shared_db: Connection, shared_database_url: str, make_settings: Any, monkeypatch: Any, to: str, step: str, how: str
 ) -> None:
     db = shared_db
-    monkeypatch.setattr(shelves, "DRAINED_DOCUMENTS", 1)
+    monkeypatch.setattr(moves, "DRAINED_DOCUMENTS", 1)
     settings = make_settings(shared_database_url, promote_at=PROMOTE_AT)
     library = make_library(db, f"{to}-{step}-{how}")
     given = vectors(PROMOTE_AT + 11)
@@ -607,8 +607,8 @@ async def test_a_session_that_is_lost_is_opened_again(db: Connection, small: Set
 async def test_sizes_are_looked_at_a_few_libraries_at_a_time(db: Connection, small: Settings) -> None:
     for number in range(5):
         fill(db, make_library(db, f"l{number}"), vectors(PROMOTE_AT))
-    async with await shelves.connect(small) as connection:
-        session = shelves.Shelves(connection, small, PACE)
+    async with await sessions.connect(small) as connection:
+        session = shelves.Shelves(sessions.Session(connection, small, PACE))
         moved = []
         for _ in range(6):
             await session.look(budget=1)

@@ -3,10 +3,10 @@
 Nothing here is a job either. A row of `embedder_changes` that is not over is the request; `sql/52_embedder_changes.sql`
 holds the steps, each a transaction of its own. Vectors are kept by the hash of their text, so what is stored is
 never sent again, whoever goes on after a kill. Small libraries on shelf 0 are switched here, all others by
-`shelves.py`, which moves them to rows with the new vectors; what is written meanwhile is embedded here until then.
+`moves.py`, which takes them to rows with the new vectors; what is written meanwhile is embedded here until then.
 
 One session at a time looks after a change: it holds an advisory lock, which dies with it. So the connection must be a
-session of its own, as that of `shelves.py`; it is opened when there is something to do.
+session of its own, by `sessions.py`; it is opened when there is something to do.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, rounds, shelves
+from pgshelf import database, moves, rounds
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
 from pgshelf.embedding import change_hash, embedder_of, store_next, vectors_of
 from pgshelf.errors import Problem, problem_of
+from pgshelf.sessions import UNHURRIED, Gone, Pace, Session, Step, connect, no_step
 from pgshelf.settings import Settings
-from pgshelf.shelves import Gone, Step
 
 log = logging.getLogger("pgshelf.reembedding")
 
@@ -48,9 +48,7 @@ where c.serial = %s and c.phase <> 'over'"""
 class Change:
     """One change of an embedder, looked after by this session. `step` is told each step when it is done: tests die."""
 
-    def __init__(
-        self, engine: AsyncEngine, session: shelves.Shelves, settings: Settings, serial: int, step: Step
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, session: Session, settings: Settings, serial: int, step: Step) -> None:
         self.engine, self.session, self.settings, self.serial, self.step = engine, session, settings, serial, step
         self.choice: dict[str, Any] = {}
 
@@ -156,7 +154,7 @@ class Change:
         """Switch a small library, again and again while something is written that has no vector yet."""
         flip = "select pgshelf.change_flip(%s, %s, %s)"
         for attempt in range(PATIENT_FLIPS * 2):
-            tolerated = 0 if attempt < PATIENT_FLIPS else shelves.TOLERATED
+            tolerated = 0 if attempt < PATIENT_FLIPS else moves.TOLERATED
             [(missing,)] = await self.session.fenced(flip, self.serial, IN_PLACE, tolerated)
             if missing is None:
                 raise Gone
@@ -170,7 +168,7 @@ class Change:
             await self._walk()
 
     async def _follow(self) -> None:
-        """Embed what is written while `shelves.py` moves the library to its new vectors, until it has switched."""
+        """Embed what is written while `moves.py` moves the library to its new vectors, until it has switched."""
         stragglers = "select pgshelf.change_stragglers(%s, %s)"
         looked = time.monotonic()
         while True:
@@ -199,12 +197,12 @@ async def look_after(
     engine: AsyncEngine,
     settings: Settings,
     serial: int,
-    pace: shelves.Pace = shelves.UNHURRIED,
-    step: Step = shelves.no_step,
+    pace: Pace = UNHURRIED,
+    step: Step = no_step,
 ) -> None:
     """Carry out one change, with a session of its own, unless another one does."""
-    async with await shelves.connect(settings) as connection:
-        session = shelves.Shelves(connection, settings, pace)
+    async with await connect(settings) as connection:
+        session = Session(connection, settings, pace)
         async with session.lock("pg_try_advisory_lock(%s, %s)", CHANGE, serial) as mine:
             if mine:
                 await Change(engine, session, settings, serial, step).work()
@@ -220,7 +218,7 @@ async def reap(engine: AsyncEngine) -> bool:
     return bool((await database.run(engine, "select pgshelf.reap_changes()"))[0][0])
 
 
-async def forever(engine: AsyncEngine, settings: Settings, pace: shelves.Pace = shelves.UNHURRIED) -> None:
+async def forever(engine: AsyncEngine, settings: Settings, pace: Pace = UNHURRIED) -> None:
     """Look after all changes until cancelled, each in a task of its own: none waits for another."""
     tasks: dict[int, asyncio.Task[None]] = {}
     pause = settings.worker_interval

@@ -14,7 +14,18 @@ from typing import Any
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, embedding_cache, pools, probing, providers, query_cache, reembedding, rounds, shelves
+from pgshelf import (
+    database,
+    embedding_cache,
+    pools,
+    probing,
+    providers,
+    query_cache,
+    reembedding,
+    rounds,
+    sessions,
+    shelves,
+)
 from pgshelf.batches import EXPECTED, MAX_PAUSE, Batches, around, tell
 from pgshelf.settings import Settings
 
@@ -110,7 +121,7 @@ async def _build(engine: AsyncEngine, settings: Settings) -> None:
     """Do what it takes the owner of the tables for, as soon as this role may become it; that of a service need not."""
     while True:
         try:
-            owner = await shelves.forbidden_to(settings)
+            owner = await sessions.forbidden_to(settings)
         except psycopg.Error:  # the database is away, or its answer was
             await asyncio.sleep(around(settings.worker_interval))
             continue
