@@ -20,7 +20,8 @@ from pgshelf.console import Failure
 from pgshelf.settings import Settings
 
 if TYPE_CHECKING:
-    from pgshelf.backups import Backup, Backups, Recovery
+    from pgshelf.backups import Backup, Backups
+    from pgshelf.restore import Recovery
 
 RECOVERY_SECONDS = 7 * 86_400.0  # archived WAL of months may have to be replayed
 
@@ -42,12 +43,12 @@ def _lsn(_: click.Context, option: click.Parameter, value: str | None) -> str | 
 
 
 def _program_folders(pg_bin: Path | None) -> list[Path]:
-    from pgshelf import backups
+    from pgshelf import postgres_programs
 
     bundled = []
     with contextlib.suppress(embedded.EmbeddedError):
         bundled = [embedded.bin_dir(version) for version in sorted(embedded.VERSIONS)]
-    return backups.program_folders(pg_bin, os.environ.get("PATH", os.defpath), bundled)
+    return postgres_programs.program_folders(pg_bin, os.environ.get("PATH", os.defpath), bundled)
 
 
 @click.command("backup")
@@ -68,12 +69,12 @@ def backup_command(
     data_dir: Path | None,
 ) -> None:
     """Copy the whole PostgreSQL server into a directory, with pg_basebackup, and check the copy."""
-    from pgshelf import backups
+    from pgshelf import backups, base_backup
 
     if job:
-        handed = msgspec.json.decode(sys.stdin.buffer.read(), type=backups.Job)
+        handed = msgspec.json.decode(sys.stdin.buffer.read(), type=base_backup.Job)
         pg_bin = None if handed.pg_bin is None else Path(handed.pg_bin)
-        sys.exit(backups.take(handed, _program_folders(pg_bin), os.environ).state != "done")
+        sys.exit(base_backup.take(handed, _program_folders(pg_bin), os.environ).state != "done")
     settings = settings_of(data_dir=data_dir, backup_directory=to, backup_keep=keep)
     store = _backups(settings)
     if listed:
@@ -86,7 +87,7 @@ def backup_command(
             begun, lock = store.claim(label)
         except (backups.BackupError, OSError) as error:
             raise Failure(str(error)) from None
-        handed = backups.Job(
+        handed = base_backup.Job(
             directory=str(store.directory),
             backup=begun,
             lock=lock,
@@ -94,7 +95,7 @@ def backup_command(
             keep=settings.backup_keep,
             archive=None if settings.wal_archive is None else str(settings.wal_archive),
         )
-        taken = backups.take(handed, _program_folders(settings.pg_bin), os.environ)
+        taken = base_backup.take(handed, _program_folders(settings.pg_bin), os.environ)
     if taken.state != "done":
         raise Failure(f"the backup failed: {taken.error}")
     click.echo(_described(taken))
@@ -143,7 +144,7 @@ def restore_command(
     Without one it is recovered as far as there is archived WAL, or, without an archive, to the end of the backup. Of a
     bundled PostgreSQL a data directory is made, ready to serve; of another one the directory that it starts from.
     """
-    from pgshelf import backups
+    from pgshelf import backups, postgres_programs, restore
 
     settings = settings_of(backup_directory=source, wal_archive=archive)
     if sum(each is not None for each in (moment, lsn, name)) > 1:
@@ -151,17 +152,17 @@ def restore_command(
     if settings.wal_archive is None and (moment or lsn or name):
         raise Failure("a moment is reached with archived WAL: say where it is with --archive, or PGSHELF_WAL_ARCHIVE")
     archive = None if settings.wal_archive is None else settings.wal_archive.resolve()
-    recovery, target = backups.Recovery(moment, lsn, name, archive), target.resolve()
+    recovery, target = restore.Recovery(moment, lsn, name, archive), target.resolve()
     exit_when_told()
     try:
         store = _backups(settings)
-        found = store.find(backup, recovery)
-        programs = backups.find_programs(_program_folders(settings.pg_bin), found.major)
+        found = restore.find(store, backup, recovery)
+        programs = postgres_programs.find_programs(_program_folders(settings.pg_bin), found.major)
         if store.is_bundled(found):
             _recover_bundled(store, found, target, programs, recovery)
             return
-        backups.restore(store, found, target, programs)
-        backups.prepare(target, recovery)
+        restore.restore(store, found, target, programs)
+        restore.prepare(target, recovery)
     except (backups.BackupError, embedded.EmbeddedError, OSError) as error:
         raise Failure(str(error)) from None
     click.echo(f"{found.id} is in {target}. PostgreSQL recovers it when it is started there, then takes writes:")
@@ -170,10 +171,10 @@ def restore_command(
 
 def _recover_bundled(store: Backups, backup: Backup, target: Path, programs: Path, recovery: Recovery) -> None:
     """Recover with the bundled server, once, and stop it; what it was told is forgotten at its next start."""
-    from pgshelf import backups, connections
+    from pgshelf import connections, restore
 
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    backups.restore(store, backup, target / "postgres", programs)
+    restore.restore(store, backup, target / "postgres", programs)
     click.echo(f"{backup.id} is in {target}; recovering", err=True)
     told = {**recovery.settings(), "hot_standby": "off"}  # nobody may come in before it is done
     with embedded.start(target, backup.major, settings=told, timeout=RECOVERY_SECONDS) as server:

@@ -17,7 +17,8 @@ from msgspec import Meta
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
-from pgshelf.backups import Backup, BackupRunning, Backups, Job
+from pgshelf.backups import Backup, BackupRunning, Backups
+from pgshelf.base_backup import Job
 from pgshelf.errors import Problem
 from pgshelf.http import Answer, Config, Engine, problems
 from pgshelf.idempotency import Write

@@ -21,10 +21,13 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from pgshelf import backups, doctor, embedded, migrate
-from pgshelf.backups import Backup, BackupError, BackupRunning, Backups, Job, Recovery
+from pgshelf import backups, base_backup, doctor, embedded, migrate, postgres_programs, restore
+from pgshelf.backup_manifest import verify
+from pgshelf.backups import Backup, BackupError, BackupRunning, Backups
+from pgshelf.base_backup import Job
 from pgshelf.cli import main
 from pgshelf.embedded import EmbeddedServer
+from pgshelf.restore import Recovery
 from tests.replication.servers import FAST, folder, wait_until
 from tests.rest.asking import ok, problem
 
@@ -198,13 +201,13 @@ def test_a_copy_that_was_touched_is_refused(shelf: Shelf, tmp_path: Path) -> Non
     programs = embedded.bin_dir(shelf.version)
     data = tmp_path / "data"
     shutil.copytree(Backups(shelf.directory).data(backup), data)
-    backups.verify(data, programs)
+    verify(data, programs)
     (data / "postgresql.auto.conf").write_text("# may differ\n")
-    backups.verify(data, programs)
+    verify(data, programs)
 
     def refused(message: str) -> None:
         with pytest.raises(BackupError, match=message):
-            backups.verify(data, programs)
+            verify(data, programs)
 
     (data / "extra").write_text("x")
     refused("extra is not in the manifest")
@@ -227,7 +230,7 @@ def test_a_copy_that_was_touched_is_refused(shelf: Shelf, tmp_path: Path) -> Non
 def fake(path: Path, body: str) -> Path:
     """A directory of programs whose pg_basebackup is a script."""
     path.mkdir()
-    for name in backups.PROGRAMS:
+    for name in postgres_programs.PROGRAMS:
         (path / name).write_text(
             f'#!/bin/sh\n[ "$1" = --version ] && echo "{name} (PostgreSQL) $MAJOR.1" && exit\n{body}\n'
         )
@@ -248,7 +251,7 @@ def test_a_password_is_on_no_command_line_and_in_no_state(shelf: Shelf, spare: B
     (programs / "pg_basebackup").write_text(
         (programs / "pg_basebackup").read_text().replace("$MAJOR", str(shelf.version))
     )
-    taken = backups.take(claimed(spare, url), [programs], environment)
+    taken = base_backup.take(claimed(spare, url), [programs], environment)
     assert (taken.state, taken.error) == ("failed", "no way")
     arguments, password = out.read_text().splitlines()
     assert password == "s3cret word" and "s3cret" not in arguments and "--no-password" in arguments
@@ -258,7 +261,7 @@ def test_a_password_is_on_no_command_line_and_in_no_state(shelf: Shelf, spare: B
 
 def test_what_cannot_be_taken_says_why(shelf: Shelf, spare: Backups, tmp_path: Path) -> None:
     def reason(url: str, *folders: Path) -> str:
-        taken = backups.take(claimed(spare, url), folders, {"PATH": os.defpath})
+        taken = base_backup.take(claimed(spare, url), folders, {"PATH": os.defpath})
         assert taken.state == "failed" and taken.error and taken.finished_at
         assert not spare.data(taken).exists()
         return taken.error
@@ -304,13 +307,14 @@ def test_only_so_many_are_kept_with_the_wal_that_they_need(spare: Backups, tmp_p
         (archive / f"00000001000000000000000{n}").touch()
     for age, state in enumerate(["done", "failed", "done", "failed", "done", "done"]):
         made(spare, state, age, f"00000001000000000000000{7 - age}")
-    cleanup = embedded.bin_dir(shelf.version) / "pg_archivecleanup"
-    spare.prune(0, archive, cleanup)
-    spare.prune(5, archive, cleanup)
+    assert spare.prune(0) is None
+    assert spare.prune(5) is None
     assert len(spare.all()) == 6 and len(list(archive.iterdir())) == 8
     oldest = spare.all()[-1]
     with spare.reading(oldest):  # it is being restored
-        spare.prune(2, archive, cleanup)
+        kept = spare.prune(2)
+    assert kept is not None
+    base_backup.clear_archive(archive, spare.data(kept), embedded.bin_dir(shelf.version))
     assert [each.started_at.day for each in spare.all()] == [1, 31, 30, 27]
     assert sorted(path.name[-1] for path in archive.iterdir()) == ["5", "6", "7"]
     spare.prune(2)
@@ -320,18 +324,18 @@ def test_only_so_many_are_kept_with_the_wal_that_they_need(spare: Backups, tmp_p
 def test_the_newest_that_fits_is_chosen(spare: Backups) -> None:
     new, old = made(spare, "done", 1), made(spare, "done", 50)
     made(spare, "failed", 0)
-    assert spare.find(None, Recovery()) == new
-    assert spare.find(old.id, Recovery()) == old
+    assert restore.find(spare, None, Recovery()) == new
+    assert restore.find(spare, old.id, Recovery()) == old
     assert new.finished_at is not None
-    assert spare.find(None, Recovery(time=new.finished_at)) == old
-    assert spare.find(None, Recovery(time=new.finished_at + timedelta(seconds=1))) == new
-    assert spare.find(None, Recovery(lsn="0/80")) == old
-    assert spare.find(None, Recovery(lsn="1/0")) == new
-    assert spare.find(None, Recovery(name="between")) == new
+    assert restore.find(spare, None, Recovery(time=new.finished_at)) == old
+    assert restore.find(spare, None, Recovery(time=new.finished_at + timedelta(seconds=1))) == new
+    assert restore.find(spare, None, Recovery(lsn="0/80")) == old
+    assert restore.find(spare, None, Recovery(lsn="1/0")) == new
+    assert restore.find(spare, None, Recovery(name="between")) == new
     with pytest.raises(BackupError, match="no backup 7 that is done"):
-        spare.find("7", Recovery())
+        restore.find(spare, "7", Recovery())
     with pytest.raises(BackupError, match="is done"):
-        Backups(spare.directory / "none").find(None, Recovery())
+        restore.find(Backups(spare.directory / "none"), None, Recovery())
 
 
 def test_archived_segments_are_whole_and_never_replaced(tmp_path: Path) -> None:
@@ -347,7 +351,7 @@ def test_archived_segments_are_whole_and_never_replaced(tmp_path: Path) -> None:
     assert archived("one") == 0 and (archive / "0001").read_text() == "one"
     assert archived("one") == 0  # asked again
     assert archived("two") != 0 and (archive / "0001").read_text() == "one"
-    fetch = backups.restore_command(archive).replace("%p", str(tmp_path / "back")).replace("%f", "0001")
+    fetch = restore.restore_command(archive).replace("%p", str(tmp_path / "back")).replace("%f", "0001")
     subprocess.run(["sh", "-c", fetch.replace("%%", "%")], check=True)
     assert (tmp_path / "back").read_text() == "one"
     assert [path.name for path in archive.iterdir()] == ["0001"]
@@ -385,7 +389,7 @@ async def test_a_killed_backup_is_told_over_rest(
 ) -> None:
     marker = tmp_path / "started"
     programs = fake(tmp_path / "bin", f"touch {marker}; exec sleep 600")
-    for name in backups.PROGRAMS:
+    for name in postgres_programs.PROGRAMS:
         (programs / name).write_text((programs / name).read_text().replace("$MAJOR", str(shelf.version)))
     settings = shelf.settings(make_settings, backup_directory=shelf.place / "killed", pg_bin=programs)
     client: httpx2.AsyncClient = await make_client(settings)
@@ -443,9 +447,9 @@ def test_one_that_is_stopped_or_cannot_tidy_up_says_so(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backups, "_copied", stopped)
+    monkeypatch.setattr(base_backup, "_copied", stopped)
     with pytest.raises(KeyboardInterrupt):
-        backups.take(claimed(spare, "postgresql://nowhere"), [], {})
+        base_backup.take(claimed(spare, "postgresql://nowhere"), [], {})
     [found] = spare.all()
     assert (found.state, found.error) == ("failed", backups.INTERRUPTED)
 
@@ -455,19 +459,19 @@ def test_one_that_is_stopped_or_cannot_tidy_up_says_so(
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(backups, "_copied", copied)
+    monkeypatch.setattr(base_backup, "_copied", copied)
     monkeypatch.setattr(Backups, "prune", full)
-    taken = backups.take(claimed(spare, "postgresql://nowhere"), [], {})
+    taken = base_backup.take(claimed(spare, "postgresql://nowhere"), [], {})
     assert (taken.state, taken.error) == ("done", "older ones could not be cleared away: no space left")
-    assert spare.find(None, Recovery()) == taken
+    assert restore.find(spare, None, Recovery()) == taken
 
 
 def test_programs_are_looked_for_where_they_should_be(tmp_path: Path) -> None:
     bundled = [tmp_path / "bundled"]
-    assert backups.program_folders(tmp_path, "/nowhere", bundled) == [tmp_path]
-    assert backups.program_folders(None, "/nowhere", bundled) == bundled
+    assert postgres_programs.program_folders(tmp_path, "/nowhere", bundled) == [tmp_path]
+    assert postgres_programs.program_folders(None, "/nowhere", bundled) == bundled
     fake(tmp_path / "path", "")
-    assert backups.program_folders(None, str(tmp_path / "path"), bundled) == [tmp_path / "path", *bundled]
+    assert postgres_programs.program_folders(None, str(tmp_path / "path"), bundled) == [tmp_path / "path", *bundled]
 
 
 def test_doctor_tells_that_wal_is_not_archived(shelf: Shelf) -> None:
