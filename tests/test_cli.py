@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 
 import pgshelf
-from pgshelf import cli, embedded, schema
+from pgshelf import cli_serve, embedded, schema
 from pgshelf.cli import main
 from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
@@ -535,7 +535,7 @@ def test_the_bundled_server_is_watched_through_failures(caplog: pytest.LogCaptur
             raise embedded.EmbeddedError("the disk is full")
 
     watched = Failing()
-    cli._keep_running(watched, stop)  # type: ignore[arg-type]  # all that is asked of a server
+    cli_serve._keep_running(watched, stop)  # type: ignore[arg-type]  # all that is asked of a server
     assert (watched.asked, caplog.messages) == (2, ["the disk is full"] * 2)
 
 

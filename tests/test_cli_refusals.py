@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from click.testing import CliRunner
 
-from pgshelf import cli
+from pgshelf import cli_serve
 from pgshelf.cli import main
 
 
@@ -39,7 +39,7 @@ def test_an_option_out_of_range_is_named() -> None:
 
 
 def test_traces_without_their_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_has", lambda module: module != "opentelemetry")
+    monkeypatch.setattr(cli_serve, "_has", lambda module: module != "opentelemetry")
     result = run("serve", PGSHELF_TRACING="true", PGSHELF_DATABASE_URL="postgresql://127.0.0.1:1/nothing")
     assert result.exit_code == 1
     assert "pip install 'pgshelf[otel]'" in result.output

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import trustme
 
-from pgshelf import cli, doctor, migrate
+from pgshelf import cli_serve, doctor, migrate
 from pgshelf.settings import Settings
 from tests.conftest import MakeLiveServer
 from tests.postgres_proxy import Proxy
@@ -195,9 +195,9 @@ def test_processes_are_replaced_as_the_settings_say(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("granian.Granian", Recorder)
     monkeypatch.setattr("os.register_at_fork", lambda **_: None)
-    cli._serve(Settings(workers_lifetime=86_400, workers_max_bytes=2 * 1024**3), "127.0.0.1", reload=False)
+    cli_serve._serve(Settings(workers_lifetime=86_400, workers_max_bytes=2 * 1024**3), "127.0.0.1", reload=False)
     assert (given["workers_lifetime"], given["workers_max_rss"]) == (86_400, 2048)
-    cli._serve(Settings(), "127.0.0.1", reload=False)
+    cli_serve._serve(Settings(), "127.0.0.1", reload=False)
     assert (given["workers_lifetime"], given["workers_max_rss"]) == (None, None)
 
 

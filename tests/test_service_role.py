@@ -161,7 +161,6 @@ def test_all_that_the_service_calls_is_granted_to_it(database_url: str) -> None:
         "moves.py",
         "index_builds.py",
         "reembedding.py",
-        "cli.py",
         "cli_keys.py",
         "migrate.py",
         "tables.py",
