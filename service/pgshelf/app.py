@@ -31,6 +31,7 @@ from pgshelf import (
     events,
     exports,
     facets,
+    filtered_documents,
     health,
     http,
     idempotency,
@@ -74,6 +75,7 @@ TAGS = [
 ROUTERS = [
     libraries.router,
     documents.router,
+    filtered_documents.router,
     batch.router,
     imports.router,
     exports.router,
