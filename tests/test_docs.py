@@ -15,7 +15,7 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf.embedded import archive_command
+from pgshelf.embedded_settings import archive_command
 from pgshelf.errors import CODES
 from pgshelf.settings import PREFIX, Settings
 from tests.cohere_server import CohereServer

@@ -8,10 +8,6 @@
 Locks are `flock` locks: a killed process leaves none behind. There is no password and no TCP port: who may enter the
 socket's directory is superuser, and only the owner may.
 
-PostgreSQL refuses to run as root. Started by root, it runs as the owner of an existing cluster, else as the system user
-`pgserver`, which is created. That user must reach the programs and the data, so parent directories that others may not
-enter become enterable (`o+x`), not readable.
-
 Only the wheel's programs are used. Its Python part has one lock for all data directories, waits ten seconds at most,
 believes any live process that has the number in `postmaster.pid`, and opens all parent directories for reading.
 """
@@ -21,7 +17,6 @@ import fcntl
 import importlib.util
 import logging
 import os
-import pwd
 import shlex
 import shutil
 import stat
@@ -39,17 +34,18 @@ import psutil
 import psycopg
 from psycopg import pq, sql
 
+from pgshelf.embedded_account import account_for, give, open_the_way
+from pgshelf.embedded_settings import archiving, escaped, server_settings
+
 logger = logging.getLogger(__name__)
 
 VERSIONS = {16: "pginstall", 18: "pginstall18"}
 SUPERUSER = "postgres"
 DATABASE = "pgshelf"
-SYSTEM_USER = "pgserver"
 CONFIG_FILE = "pgshelf.conf"
 MAX_SOCKET_PATH = 100  # Linux allows 107 bytes, macOS 103
 START_SECONDS = 600.0  # a recovery replays up to max_wal_size, on a slow disk minutes
 STOP_SECONDS = 60
-MIB = 1024 * 1024
 
 _lock_files: set[int] = set()
 
@@ -182,17 +178,20 @@ class EmbeddedServer:
 
     def _prepare(self) -> None:
         """Choose the account, make the directories and, once, the cluster."""
-        self._account = _account_for(self._pgdata)
+        try:
+            self._account = account_for(self._pgdata)
+        except LookupError as error:
+            raise EmbeddedError(str(error)) from None
         if self._account:
-            _open_the_way(self._bin, self.data_dir)
+            open_the_way(self._bin, self.data_dir)
         self._make_private(self.socket_dir)
         if self._archive is not None and not self._archive.exists():
             self._archive.parent.mkdir(parents=True, exist_ok=True)
             self._make_private(self._archive)
             if self._account:
-                _open_the_way(self._bin, self._archive)
+                open_the_way(self._bin, self._archive)
         if self._account and self._pgdata.exists():
-            _give(self._pgdata, *self._account)
+            give(self._pgdata, *self._account)
         version_file = self._pgdata / "PG_VERSION"
         if not version_file.exists():
             self._init_cluster()
@@ -270,9 +269,9 @@ class EmbeddedServer:
 
     def _write_config(self) -> None:
         lines = ["# Written by pgshelf at every start; `alter system set ...` goes before it."]
-        archiving = _archiving(self._archive) if self._archive else {}
-        values = {**_config(self._cluster_name, self.socket_dir), **archiving, **self._settings}
-        lines += [f"{name} = '{_escape(value)}'" for name, value in values.items()]
+        ours = server_settings(self._cluster_name, self.socket_dir)
+        values = {**ours, **(archiving(self._archive) if self._archive else {}), **self._settings}
+        lines += [f"{name} = '{escaped(value)}'" for name, value in values.items()]
         path = self._pgdata / CONFIG_FILE
         path.write_text("\n".join(lines) + "\n")
         path.chmod(0o644)  # root writes it, the server's user reads it
@@ -391,115 +390,3 @@ def _command_line(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:  # gone, a zombie, or not ours to look at
         return []
-
-
-def _account_for(pgdata: Path) -> tuple[int, int] | None:
-    """Return the uid and gid to run as: the cluster's owner, else a user of its own; None when we are not root."""
-    if os.geteuid() != 0:
-        return None
-    if pgdata.exists() and pgdata.stat().st_uid != 0:
-        return pgdata.stat().st_uid, pgdata.stat().st_gid
-    command = [
-        shutil.which("useradd") or "/usr/sbin/useradd",
-        "--system",
-        "--user-group",
-        "--no-create-home",
-        SYSTEM_USER,
-    ]
-    if not any(user.pw_name == SYSTEM_USER for user in pwd.getpwall()):
-        subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - constant arguments
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwnam(SYSTEM_USER)
-        return user.pw_uid, user.pw_gid
-    raise EmbeddedError(f"PostgreSQL does not run as root: run pgshelf as another user, or add a user {SYSTEM_USER}")
-
-
-def _open_the_way(programs: Path, data_dir: Path) -> None:
-    """Let the server's user reach the programs and the data, which root may have hidden from others."""
-    for directory in sorted({*programs.parents, data_dir, *data_dir.parents}):
-        _add_mode(directory, stat.S_IXOTH)
-    installation = programs.parent
-    if not (programs / "postgres").stat().st_mode & stat.S_IXOTH:  # installed under a strict umask
-        for path in [installation, *installation.rglob("*")]:
-            _add_mode(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
-
-
-def _give(pgdata: Path, user: int, group: int) -> None:
-    """A cluster that root has put there, from a backup say, becomes the server's; the top is last, for it tells."""
-    if pgdata.stat().st_uid == 0:
-        for path in [*pgdata.rglob("*"), pgdata]:
-            os.chown(path, user, group, follow_symlinks=False)
-
-
-def _add_mode(path: Path, bits: int) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & bits != bits:
-        logger.info("PostgreSQL's user needs access: chmod %o %s", mode | bits, path)
-        path.chmod(mode | bits)
-
-
-def _config(cluster_name: str, socket_dir: Path) -> dict[str, str]:
-    """Return the server's settings, sized from this machine's memory within modest bounds."""
-    memory = _memory_bytes() // MIB
-    maintenance = min(max(memory // 32, 32), 512)
-    shared = Path("/dev/shm")  # noqa: S108 - only its free space is read
-    roomy = not shared.exists() or shutil.disk_usage(shared).free > (maintenance + 256) * MIB
-    return {
-        "cluster_name": cluster_name,
-        "listen_addresses": "",
-        "port": "5432",
-        "unix_socket_directories": '"{}"'.format(str(socket_dir).replace('"', '""')),
-        "unix_socket_permissions": "0700",
-        "max_connections": "200",
-        "max_locks_per_transaction": "256",  # a statement may touch many shelves
-        "shared_buffers": f"{min(max(memory // 8, 32), 1024)}MB",
-        "effective_cache_size": f"{max(memory // 2, 64)}MB",
-        "maintenance_work_mem": f"{maintenance}MB",
-        # a parallel index build keeps its graph in dynamic shared memory; containers have 64 MB of it
-        "dynamic_shared_memory_type": "posix" if roomy else "mmap",
-        "work_mem": "16MB",
-        "random_page_cost": "1.1",
-        "jit": "off",
-        "wal_level": "replica",
-        "wal_compression": "on",
-        "fsync": "on",
-        "synchronous_commit": "on",
-        "max_wal_size": f"{min(max(memory // 8, 256), 2048)}MB",
-        "checkpoint_timeout": "5min",
-        "timezone": "UTC",
-        "log_timezone": "UTC",
-        "logging_collector": "on",
-        "log_directory": "log",
-        "log_filename": "postgresql-%a.log",  # with truncation: one week of logs
-        "log_rotation_age": "1d",
-        "log_rotation_size": "0",
-        "log_truncate_on_rotation": "on",
-        "log_line_prefix": "%m [%p] %q%u@%d ",
-        "log_lock_waits": "on",
-    }
-
-
-def _archiving(directory: Path) -> dict[str, str]:
-    """Every segment is kept, and a minute's changes at the latest: more than that is not lost with the disk."""
-    return {"archive_mode": "on", "archive_timeout": "60s", "archive_command": archive_command(directory)}
-
-
-def archive_command(directory: Path) -> str:
-    """Keep one segment of WAL: under its name only when it is whole and on the disk, and never over another one.
-
-    PostgreSQL may ask twice for the same one, after a crash say.
-    """
-    to = shlex.quote(str(directory)).replace("%", "%%")
-    copy = f"cp %p {to}/%f.part && sync {to}/%f.part && mv {to}/%f.part {to}/%f && sync {to}"
-    return f"if test -e {to}/%f; then cmp -s %p {to}/%f; else {copy}; fi"
-
-
-def _memory_bytes() -> int:
-    memory = int(psutil.virtual_memory().total)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("'", "''")

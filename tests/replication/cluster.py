@@ -14,7 +14,7 @@ import psutil
 import psycopg
 import psycopg.conninfo
 
-from pgshelf import embedded
+from pgshelf import embedded, embedded_account
 
 SETTINGS = {
     "wal_log_hints": "on",  # pg_rewind asks for it where there are no checksums
@@ -131,7 +131,7 @@ class Cluster:
         """Make a standby of the primary by pg_basebackup."""
         node.directory.mkdir(mode=0o700, exist_ok=True)
         os.chown(node.directory, self.primary.pgdata.stat().st_uid, self.primary.pgdata.stat().st_gid)
-        node.server._account = embedded._account_for(self.primary.pgdata)
+        node.server._account = embedded_account.account_for(self.primary.pgdata)
         backup = ["-D", str(node.pgdata), "-h", self.primary.socket, "-U", "postgres", "-X", "stream", "-c", "fast"]
         node.run("pg_basebackup", *backup, "--no-sync")
         node.follow(self.primary)

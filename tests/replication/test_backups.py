@@ -21,7 +21,17 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from pgshelf import backups, base_backup, doctor, embedded, migrate, postgres_programs, restore
+from pgshelf import (
+    backups,
+    base_backup,
+    doctor,
+    embedded,
+    embedded_account,
+    embedded_settings,
+    migrate,
+    postgres_programs,
+    restore,
+)
 from pgshelf.backup_manifest import verify
 from pgshelf.backups import Backup, BackupError, BackupRunning, Backups
 from pgshelf.base_backup import Job
@@ -173,7 +183,7 @@ def test_another_postgresql_is_backed_up_and_restored(shelf: Shelf, target: str)
         config.write("fsync = off\nmax_connections = 200\nmax_locks_per_transaction = 256\n")
     server = shelf.server
     if server._account:
-        embedded._give(place, *server._account)
+        embedded_account.give(place, *server._account)
     done = server._run("pg_ctl", "start", "-w", "-D", str(place), "-l", str(place / "started"))
     assert done.returncode == 0, (place / "started").read_text()
     try:
@@ -345,7 +355,12 @@ def test_archived_segments_are_whole_and_never_replaced(tmp_path: Path) -> None:
 
     def archived(content: str) -> int:
         segment.write_text(content)
-        command = embedded.archive_command(archive).replace("%p", str(segment)).replace("%f", "0001").replace("%%", "%")
+        command = (
+            embedded_settings.archive_command(archive)
+            .replace("%p", str(segment))
+            .replace("%f", "0001")
+            .replace("%%", "%")
+        )
         return subprocess.run(["sh", "-c", command], check=False).returncode
 
     assert archived("one") == 0 and (archive / "0001").read_text() == "one"
