@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import msgspec
 from prometheus_client import Counter, Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -23,8 +24,29 @@ from pgshelf.rerankers import ModelUnknown as RerankModelUnknown
 from pgshelf.rerankers import RefusedToRank, Reranker, RerankerError, RerankerUnavailable
 from pgshelf.settings import Settings
 
-ANSWERS = (TextRefused, TextsRefused, ModelUnknown)  # the provider is there, and refuses what was asked
-RERANKERS_ANSWERS = (RefusedToRank, RerankModelUnknown)
+
+class Kind(msgspec.Struct, frozen=True):
+    """A kind of provider: what it is called, and how its calls end."""
+
+    name: str
+    answers: tuple[type[Exception], ...]  # the provider is there, and refuses what was asked
+    failures: type[Exception]
+    away: Callable[[str, float], Exception]  # what is raised while the circuit is open: a message, seconds to wait
+
+
+EMBEDDER = Kind("embedder", (TextRefused, TextsRefused, ModelUnknown), EmbedderError, EmbedderAway)
+RERANKER = Kind("reranker", (RefusedToRank, RerankModelUnknown), RerankerError, RerankerUnavailable)
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Who is asked, and has a circuit: not a provider, for a model that fails shall not keep others from theirs."""
+
+    kind: Kind
+    provider: str
+    model: str
+    dimension: int | None = None  # numbers per vector, of an embedder
+
+
 OPEN = Gauge(
     "pgshelf_circuits_open",
     "Processes that leave an embedder or reranker alone because it keeps failing.",
@@ -34,65 +56,37 @@ OPEN = Gauge(
 OPENED = Counter(
     "pgshelf_circuits_opened", "Times that a process began to leave an embedder or reranker alone.", ["provider"]
 )
-Identity = tuple[str, str, int]
 # by the pool of the application: one process may run several
-_circuits: WeakKeyDictionary[AsyncEngine, dict[Identity, Breaker]] = WeakKeyDictionary()
-_of_rerankers: WeakKeyDictionary[AsyncEngine, dict[str, Breaker]] = WeakKeyDictionary()
+_circuits: WeakKeyDictionary[AsyncEngine, dict[Asked, Breaker]] = WeakKeyDictionary()
 
 
-def _identity(embedder: Embedder) -> Identity:
-    # not the provider alone: a library whose model fails shall not keep others from theirs
-    return embedder.provider, embedder.model, embedder.dimension
+def embedder(asked: Embedder) -> Asked:
+    """An embedder, as `guarded` takes it."""
+    return Asked(EMBEDDER, asked.provider, asked.model, asked.dimension)
 
 
-def _made(settings: Settings, kind: str, provider: str, model: str) -> Breaker:
-    gauge, counter = OPEN.labels(provider, model), OPENED.labels(provider)
-
-    def changed(is_open: bool) -> None:
-        gauge.set(is_open)
-        counter.inc(is_open)
-
-    name = f'the {kind} "{provider}" with the model "{model}"'
-    return Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=changed)
+def reranker(asked: Reranker) -> Asked:
+    """A reranker, as `guarded` takes it."""
+    return Asked(RERANKER, asked.provider, asked.model)
 
 
 @contextlib.contextmanager
-def guarded(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> Iterator[None]:
-    """Around a call of a provider, to note how it ends; while the circuit is open, EmbedderAway instead."""
-    circuits, identity = _circuits.setdefault(engine, {}), _identity(embedder)
-    if identity not in circuits:
-        circuits[identity] = _made(settings, "embedder", embedder.provider, embedder.model)
-    with _around(circuits[identity], ANSWERS, EmbedderError, EmbedderAway):
-        yield
-
-
-@contextlib.contextmanager
-def guarded_reranker(engine: AsyncEngine, settings: Settings, reranker: Reranker) -> Iterator[None]:
-    """The same around a call of a reranker; while its circuit is open, RerankerUnavailable instead."""
-    circuits = _of_rerankers.setdefault(engine, {})
-    if reranker.model not in circuits:
-        circuits[reranker.model] = _made(settings, "reranker", reranker.provider, reranker.model)
-    with _around(circuits[reranker.model], RERANKERS_ANSWERS, RerankerError, RerankerUnavailable):
-        yield
-
-
-@contextlib.contextmanager
-def _around(
-    circuit: Breaker,
-    answers: tuple[type[Exception], ...],
-    failures: type[Exception],
-    away: Callable[[str, float], Exception],
-) -> Iterator[None]:
+def guarded(engine: AsyncEngine, settings: Settings, asked: Asked) -> Iterator[None]:
+    """Around a call of a provider, to note how it ends; while the circuit is open its `kind.away` is raised."""
+    circuits = _circuits.setdefault(engine, {})
+    if asked not in circuits:
+        circuits[asked] = _made(settings, asked)
+    circuit, kind = circuits[asked], asked.kind
     try:
         probe = circuit.enter()
     except CircuitOpen as error:
-        raise away(str(error), error.retry_after) from None
+        raise kind.away(str(error), error.retry_after) from None
     try:
         yield
-    except answers:
+    except kind.answers:
         circuit.succeeded()
         raise
-    except failures as error:
+    except kind.failures as error:
         circuit.failed(probe, getattr(error, "retry_after", None))
         raise
     except BaseException:  # cancelled, or a bug: says nothing of the provider
@@ -101,14 +95,27 @@ def _around(
     circuit.succeeded()
 
 
+def _made(settings: Settings, asked: Asked) -> Breaker:
+    gauge, counter = OPEN.labels(asked.provider, asked.model), OPENED.labels(asked.provider)
+
+    def changed(is_open: bool) -> None:
+        gauge.set(is_open)
+        counter.inc(is_open)
+
+    name = f'the {asked.kind.name} "{asked.provider}" with the model "{asked.model}"'
+    return Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=changed)
+
+
 def away(engine: AsyncEngine) -> list[dict[str, Any]]:
     """The embedders that are not to be asked now, as parts of what libraries say of theirs."""
-    names = ("provider", "model", "dimension")
-    circuits = _circuits.get(engine, {})
-    return [dict(zip(names, identity, strict=True)) for identity, circuit in circuits.items() if circuit.remaining()]
+    return [
+        {"provider": asked.provider, "model": asked.model, "dimension": asked.dimension}
+        for asked, circuit in _circuits.get(engine, {}).items()
+        if asked.kind is EMBEDDER and circuit.remaining()
+    ]
 
 
-def is_away(engine: AsyncEngine, embedder: Embedder) -> bool:
+def is_away(engine: AsyncEngine, asked: Embedder) -> bool:
     """Whether an embedder has been failing for everybody."""
-    circuit = _circuits.get(engine, {}).get(_identity(embedder))
+    circuit = _circuits.get(engine, {}).get(embedder(asked))
     return circuit is not None and circuit.is_open

@@ -150,7 +150,7 @@ async def vectors_of(
     failures: list[EmbedderError] = []
 
     async def ask(batch: list[str]) -> None:
-        with circuits.guarded(engine, settings, embedder):
+        with circuits.guarded(engine, settings, circuits.embedder(embedder)):
             answer = dict(zip(batch, await call(embedder, batch, kind), strict=True))
         made.update(answer)
         if cached:
@@ -177,7 +177,7 @@ async def vectors_of(
 
 async def call(embedder: Embedder, texts: Sequence[str], kind: Kind) -> NDArray[np.float32]:
     """The one place where a provider is asked, for a batch that it takes."""
-    with providers.measured(embedder.provider, "embed", circuits.ANSWERS):
+    with providers.measured(embedder.provider, "embed", circuits.EMBEDDER.answers):
         return await embedder.embed(texts, kind)
 
 

@@ -72,8 +72,8 @@ async def rerank(
     try:
         with (
             stage("rerank"),
-            circuits.guarded_reranker(engine, settings, reranker),
-            providers.measured(choice.provider, "rerank", circuits.RERANKERS_ANSWERS),
+            circuits.guarded(engine, settings, circuits.reranker(reranker)),
+            providers.measured(choice.provider, "rerank", circuits.RERANKER.answers),
         ):
             return await reranker.rerank(query, texts, top)
     except ModelUnknown as error:
