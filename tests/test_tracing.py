@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import httpx2
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.cohere_server import CohereServer
+from tests.collector import Collector, attributes, collecting
 from tests.conftest import MakeLiveServer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-class Collector(ThreadingHTTPServer):
-    """OTLP's collector as far as traces go: `spans` are those that came in, with the resource they are of."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.spans: list[tuple[dict[str, Any], Span]] = []
-        self.raw = b""
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
-
-    def of(self, trace: str, until: str, seconds: float = 20) -> list[Span]:
-        """The spans of a trace, once a span of that name is among them: it is the last to end."""
-        deadline = time.monotonic() + seconds
-        while True:
-            found = [span for _, span in self.spans if span.trace_id.hex() == trace]
-            if any(span.name == until for span in found):
-                return found
-            assert time.monotonic() < deadline, [span.name for span in found]
-            time.sleep(0.05)
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Collector)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        self.server.raw += body
-        for group in ExportTraceServiceRequest.FromString(body).resource_spans:
-            resource = attributes(group.resource)
-            self.server.spans += [(resource, span) for scope in group.scope_spans for span in scope.spans]
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-def attributes(of: Any) -> dict[str, Any]:
-    """The attributes of a span or a resource."""
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        server.thread.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
 
 
 def test_a_request_is_a_trace_from_the_caller_to_the_provider(
@@ -74,15 +26,13 @@ def test_a_request_is_a_trace_from_the_caller_to_the_provider(
 ) -> None:
     server = make_live_server(
         database_url,
-        PGSHELF_TRACING="true",
         PGSHELF_LOG_FORMAT="json",
         PGSHELF_ACCESS_LOG="true",
         PGSHELF_COHERE_API_KEY=cohere_server.key,
         PGSHELF_COHERE_BASE_URL=cohere_server.url,
-        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_address[1]}",
         OTEL_EXPORTER_OTLP_COMPRESSION="gzip",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
-        OTEL_BSP_SCHEDULE_DELAY="50",
+        **collector.environment,
     )
     made = {"name": "s3cret0", "embedder": {"provider": "cohere", "model": "embed-english-light-v3.0"}}
     assert httpx2.post(f"{server.url}/v1/libraries", json=made).status_code == 201
@@ -143,12 +93,10 @@ def test_failures_are_marked_and_say_no_more_than_their_type(
     cohere_server.outage = None
     server = make_live_server(
         database_url,
-        PGSHELF_TRACING="true",
         PGSHELF_STATEMENT_TIMEOUT="0.2",
-        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_address[1]}",
         OTEL_SERVICE_NAME="shelves-in-production",
         OTEL_TRACES_SAMPLER="parentbased_always_off",
-        OTEL_BSP_SCHEDULE_DELAY="50",
+        **collector.environment,
     )
     assert httpx2.post(f"{server.url}/v1/libraries", json={"name": "one"}).status_code == 201  # not sampled
     import psycopg

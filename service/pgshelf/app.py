@@ -114,7 +114,7 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
     metrics.observe_pool(engine, settings.pool_size)
     readers = changes.Readers(engine, settings)
     servers = replicas.targets(settings)
-    topology = replicas.Topology(settings, engine, settings.database_url, servers) if servers else None
+    topology = replicas.Topology(settings, engine, settings.database_url, servers, cursor) if servers else None
     opening = topology.primary.opening if topology else contextlib.nullcontext
     answers = query_cache.QueryCache(settings, settings.database_url, opening)
     guard = Guard(settings, engine, settings.database_url, topology, opening)

@@ -28,12 +28,19 @@ PRIMARY_READS = READS.labels("primary")
 
 
 class Topology:
-    """The servers of a service, its primary and its replicas."""
+    """The servers of a service, its primary and its replicas, whose pools give out cursors of the class `cursor`."""
 
-    def __init__(self, settings: Settings, engine: AsyncEngine, url: str, replicas: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        url: str,
+        replicas: Mapping[str, str],
+        cursor: type[psycopg.AsyncCursor[Any]] = psycopg.AsyncCursor,
+    ) -> None:
         self.settings = settings
         self.primary = Primary(settings, url, engine)
-        self.replicas = [Replica(name, settings, each, self.primary) for name, each in replicas.items()]
+        self.replicas = [Replica(name, settings, each, self.primary, cursor) for name, each in replicas.items()]
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:

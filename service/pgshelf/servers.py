@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import psycopg
@@ -236,11 +236,18 @@ class Primary(Server):
 class Replica(Server):
     """A server of PGSHELF_REPLICA_URL. It is read from while it is a standby of the primary and does not lag."""
 
-    def __init__(self, name: str, settings: Settings, url: str, primary: Primary) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        url: str,
+        primary: Primary,
+        cursor: type[psycopg.AsyncCursor[Any]] = psycopg.AsyncCursor,
+    ) -> None:
         super().__init__(name, settings, url)
         self._primary = primary
         patient = msgspec.structs.replace(settings, connect_timeout=math.ceil(max(2.0, settings.replica_timeout)))
-        self.engine = pools.make_engine(patient, url, self.opening)
+        self.engine = pools.make_engine(patient, url, self.opening, cursor=cursor)
         self.beside = connections.Beside(patient, url, "auth", self.opening)
         self.reading = 0
         self.turn = 0.0

@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY
 
 from pgshelf import database, pools, replicas
 from pgshelf.consistency import Position
-from tests.conftest import MakeSettings
+from tests.collector import attributes, collecting
+from tests.conftest import MakeLiveServer, MakeSettings
 from tests.replication.cluster import Cluster, Node
 from tests.replication.conftest import Serve
 from tests.replication.pairs import TOKEN, Pairs
@@ -82,6 +83,29 @@ async def test_reads_spread_over_the_standbys_and_writes_find_the_primary(cluste
     after = [reads(), *map(reads, cluster.standbys)]
     assert after[0] == before[0]
     assert min(then - now for then, now in zip(after[1:], before[1:], strict=True)) >= 5
+
+
+def test_a_statement_on_a_standby_is_part_of_the_trace(cluster: Cluster, make_live_server: MakeLiveServer) -> None:
+    with collecting() as collector:
+        server = make_live_server(
+            cluster.url,
+            PGSHELF_REPLICA_URL=cluster.replica_url,
+            PGSHELF_EMBEDDER="none",
+            PGSHELF_WORKER_ENABLED="false",
+            **collector.environment,
+        )
+        made = f"l-{uuid.uuid4().hex[:8]}"
+        body = {"name": made, "embedder": {"provider": "none"}, "dimension": 3}
+        assert httpx2.post(f"{server.url}/v1/libraries", json=body).status_code == 201
+        cluster.caught_up()
+        trace = uuid.uuid4().hex
+        into, sent = f"{server.url}/v1/libraries/{made}", {"traceparent": f"00-{trace}-{'1' * 16}-01"}
+        assert httpx2.get(f"{into}/documents", headers=sent).status_code == 200
+        spans = collector.of(trace, "GET /v1/libraries/{library}/documents")
+        counted = httpx2.get(f"{server.url}/metrics").text
+    assert 'pgshelf_replica_reads_total{server="primary"} 0.0' in counted
+    [statement] = [span for span in spans if "count_chunks" in attributes(span).get("db.query.text", "")]
+    assert {span.span_id: span.name for span in spans}[statement.parent_span_id] == "sql"
 
 
 async def test_a_read_with_a_token_sees_the_write_and_one_without_need_not(cluster: Cluster, serve: Serve) -> None:
