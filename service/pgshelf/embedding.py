@@ -90,7 +90,12 @@ def embedder_of(settings: Settings, choice: Mapping[str, Any]) -> Embedder:
 
 
 async def described_embedder(settings: Settings, choice: Mapping[str, Any]) -> dict[str, Any]:
-    """What a new library keeps of the embedder that it asks for; a problem when this server cannot provide it."""
+    """What a new library keeps of the embedder that it asks for; a problem when this server cannot provide it.
+
+    A provider that has to be asked for it is asked whatever its circuit, and counts as neither away nor back: who
+    chooses an embedder shall hear the truth of now, may have misspelt the model, and a name that a client makes up
+    shall have no circuit, with its line in /metrics.
+    """
     try:
         return described(await settled(settings, choice))
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from pgshelf import providers, shelves
+from pgshelf import breaker, providers, shelves
 from tests.cohere_server import CohereServer, hang, raw, status
 from tests.openai_server import OpenAIServer
 from tests.rest.asking import at, ok, problem
@@ -136,6 +136,30 @@ async def test_what_the_server_is_not_set_up_for(
 async def test_a_choice_that_is_impossible(client: httpx2.AsyncClient, embedder: dict[str, Any], words: str) -> None:
     response = await client.post(LIBRARIES, json={"name": "shelf", "embedder": embedder})
     assert words in problem(response, 422, "embedder_not_configured")["detail"]
+
+
+async def test_the_choice_of_an_embedder_asks_past_the_circuit(
+    database_url: str,
+    make_settings: Any,
+    make_client: Any,
+    openai_server: OpenAIServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(breaker, "FIRST_WAIT", 30.0)
+    known = {"openai_api_key": openai_server.key, "openai_base_url": openai_server.base_url}
+    client = await make_client(make_settings(database_url, **known, circuit_failures=2, worker_enabled=False))
+    embedder = {"provider": "openai", "model": "bge-of-tests"}
+    await make(client, **embedder)
+    openai_server.outage = status(401)
+    other = {"name": "other", "embedder": embedder}
+    for _ in range(3):  # no failure counts
+        problem(await client.post(LIBRARIES, json=other), 502, "embedder_failed")
+    for code in ("embedder_failed", "embedder_failed", "embedder_unavailable"):
+        problem(await client.post(DOCUMENTS, json={"text": "x"}), 503 if code.endswith("able") else 502, code)
+    openai_server.outage = None
+    ok(await client.post(LIBRARIES, json=other), 201)
+    # its success is no probe of the circuit, which closes when its own time has come
+    problem(await client.post(DOCUMENTS, json={"text": "x"}), 503, "embedder_unavailable")
 
 
 @pytest.mark.parametrize(
