@@ -99,6 +99,60 @@ BEARER = SecurityScheme(
 )
 
 
+class Parts:
+    """What an application is made of: one of each, which its handlers share."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        self.settings = settings
+        self.traces = tracing.Traces() if settings.tracing else None
+        cursor = self.traces.cursor() if self.traces else psycopg.AsyncCursor
+        self.engine = pools.make_engine(settings, url, cursor=cursor)
+        metrics.observe_pool(self.engine, settings.pool_size)
+        self.readers = changes.Readers(self.engine, settings)
+        servers = replicas.targets(settings)
+        self.topology = replicas.Topology(settings, self.engine, url, servers, cursor) if servers else None
+        opening = self.topology.primary.opening if self.topology else contextlib.nullcontext
+        self.answers = query_cache.QueryCache(settings, url, opening)
+        self.guard = Guard(settings, self.engine, url, self.topology, opening)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Litestar) -> AsyncIterator[None]:
+        """Watch, reconcile and listen while the application runs; afterwards give back what the parts hold."""
+        settings, topology = self.settings, self.topology
+        if settings.default_embedder == "local":  # load the model before the first request needs it
+            await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
+        reconciler = worker.running(self.engine, settings) if settings.worker_enabled else contextlib.nullcontext()
+        watch = topology.watched() if topology else contextlib.nullcontext()
+        async with watch, reconciler, changes.waking(self.readers):
+            yield
+        await self.guard.close()
+        await self.answers.close()
+        await providers.close()
+        await pools.close(self.engine)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)  # it waits for the collector
+
+    def dependencies(self, metrics_folder: Path | None) -> dict[str, Provide]:
+        """What handlers ask for, by the names of their parameters."""
+
+        # what could be had at once, Litestar makes a task each for; asking for the engine puts it behind that
+        def behind(engine: http.Engine) -> Settings:
+            return self.settings
+
+        return {
+            "engine": Provide(lambda: self.engine, sync_to_thread=False),
+            "settings": Provide(behind, sync_to_thread=False),
+            "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
+            "readers": Provide(lambda: self.readers, sync_to_thread=False),
+            "cache": Provide(lambda: self.answers, sync_to_thread=False),
+            "topology": Provide(lambda: self.topology, sync_to_thread=False),
+            "reader": Provide(replicas.reader, sync_to_thread=False),
+            "once": Provide(idempotency.once),
+            "audited": Provide(idempotency.audited, sync_to_thread=False),
+            "principal": Provide(access.principal, sync_to_thread=False),
+        }
+
+
 def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litestar:
     """The ASGI application over the database of `settings.database_url`, which must be set.
 
@@ -108,62 +162,22 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         raise ValueError(
             "create_app needs settings.database_url; `pgshelf serve` starts a PostgreSQL where there is none"
         )
-    traces = tracing.Traces() if settings.tracing else None
-    cursor = traces.cursor() if traces else psycopg.AsyncCursor
-    engine = pools.make_engine(settings, settings.database_url, cursor=cursor)
-    metrics.observe_pool(engine, settings.pool_size)
-    readers = changes.Readers(engine, settings)
-    servers = replicas.targets(settings)
-    topology = replicas.Topology(settings, engine, settings.database_url, servers, cursor) if servers else None
-    opening = topology.primary.opening if topology else contextlib.nullcontext
-    answers = query_cache.QueryCache(settings, settings.database_url, opening)
-    guard = Guard(settings, engine, settings.database_url, topology, opening)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        if settings.default_embedder == "local":  # load the model before the first request needs it
-            await embedder_for(settings, {"provider": "local"}).embed(["pgshelf"], "query")
-        reconciler = worker.running(engine, settings) if settings.worker_enabled else contextlib.nullcontext()
-        watch = topology.watched() if topology else contextlib.nullcontext()
-        async with watch, reconciler, changes.waking(readers):
-            yield
-        await guard.close()
-        await answers.close()
-        await providers.close()
-        await pools.close(engine)
-        if traces is not None:
-            await asyncio.to_thread(traces.close)  # it waits for the collector
-
-    # what could be had at once, Litestar makes a task each for; asking for the engine puts it behind that
-    def behind(engine: http.Engine) -> Settings:
-        return settings
-
+    parts = Parts(settings, settings.database_url)
     app = Litestar(
         route_handlers=[Router(settings.api_prefix or "/", route_handlers=ROUTERS), health.router, metrics.router],
-        dependencies={
-            "engine": Provide(lambda: engine, sync_to_thread=False),
-            "settings": Provide(behind, sync_to_thread=False),
-            "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
-            "readers": Provide(lambda: readers, sync_to_thread=False),
-            "cache": Provide(lambda: answers, sync_to_thread=False),
-            "topology": Provide(lambda: topology, sync_to_thread=False),
-            "reader": Provide(replicas.reader, sync_to_thread=False),
-            "once": Provide(idempotency.once),
-            "audited": Provide(idempotency.audited, sync_to_thread=False),
-            "principal": Provide(access.principal, sync_to_thread=False),
-        },
+        dependencies=parts.dependencies(metrics_folder),
         dto=http.Body,
         return_dto=None,
         response_class=http.Answer,
-        middleware=[http.decode_path, bodies.patience(settings), guard.middleware, http.known_content],
+        middleware=[http.decode_path, bodies.patience(settings), parts.guard.middleware, http.known_content],
         cors_config=http.cors(settings),
         exception_handlers={Exception: http.render_problem},
         request_max_body_size=settings.max_body_bytes,
-        lifespan=[lifespan],
+        lifespan=[parts.lifespan],
         logging_config=None,
         openapi_config=_openapi(),
     )
-    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings), traces)
+    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings), parts.traces)
     return app
 
 
