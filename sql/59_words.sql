@@ -107,55 +107,88 @@ as $$
     else format('exists (select 1 from pgshelf.documents d where d.id = c.document_id and %s and %s offset 0)', p_documents, p_chunks) end
 $$;
 
--- The weight of each scored word: how often it was typed, by its inverse document frequency. p_chunks says in how many chunks word `q` is.
-create or replace function pgshelf.word_weights(p_language text, p_chunks text) returns text
+-- The weight of a word: how often it was typed, by its inverse document frequency.
+create or replace function pgshelf.word_weight(p_times int, p_chunks float8, p_all float8) returns float8
+  immutable parallel safe language sql
+  as $$ select p_times * ln((greatest(p_all, p_chunks) + 1) / (p_chunks + 0.5::float8)) $$;
+
+-- How often a word stands in a chunk, from what ts_rank says for that one word and weights of 1: the sum of 1/j² for j up to the frequency,
+-- over pi²/6, whose inverse is exact up to 255. Null where it does not stand there.
+create or replace function pgshelf.word_frequency(p_rank text) returns text
+  immutable parallel safe language sql
+  as $$ select format('nullif(round(1 / (1.64493406685::float8 * (1 - %s)) - 0.5::float8), 0)', p_rank) $$;
+
+-- The part of a score that is not written out: further words, and prefixes, for which the words that they stand for are counted.
+create or replace function pgshelf.further_score(
+  p_words tsvector, p_length float8, p_queries tsquery[], p_weights float8[], p_prefixes text[], p_prefix_weights float8[]) returns float8
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_score float8 := 0;
+  v_often float8;
+begin
+  for i in 1 .. coalesce(cardinality(p_queries), 0) loop
+    v_often := round(1 / (1.64493406685::float8 * (1 - ts_rank('{1,1,1,1}', p_words, p_queries[i])::float8)) - 0.5::float8);
+    if v_often > 0 then
+      v_score := v_score + p_weights[i] / (1 + p_length / v_often);
+    end if;
+  end loop;
+  for i in 1 .. coalesce(cardinality(p_prefixes), 0) loop
+    v_often := (select sum(cardinality(u.positions))::float8 from unnest(p_words) u where starts_with(u.lexeme, p_prefixes[i]));
+    if v_often > 0 then
+      v_score := v_score + p_prefix_weights[i] / (1 + p_length / v_often);
+    end if;
+  end loop;
+  return v_score;
+end $$;
+
+-- The BM25 score of a chunk `v` (words, length as below) by the factors of a row `b`. The first p_written words are written out: that takes
+-- a third of the time of a loop over them.
+create or replace function pgshelf.word_score(p_written int) returns text
   immutable parallel safe language sql
 as $$
-  select format('select w.*, w.times * ln((greatest(z.chunks, w.chunks) + 1) / (w.chunks + 0.5::float8)) as weight
-    from (select q.*, %s as chunks from pgshelf.query_words(%L, $4) q offset 0) w, w_size z where w.chunks > 0 order by w.lexeme collate "C", w.prefix',
-    p_chunks, p_language)
+  select format('%s + case when cardinality(b.words) > %2$s or b.prefixes is not null
+      then pgshelf.further_score(v.words, v.length, b.words[%2$s + 1:], b.weights[%2$s + 1:], b.prefixes, b.prefix_weights) else 0 end',
+    string_agg(format('coalesce(b.weights[%1$s] / (1 + v.length / %2$s), 0)', i,
+      pgshelf.word_frequency(format('ts_rank(''{1,1,1,1}'', v.words, b.words[%s])::float8', i))), ' + ' order by i), p_written)
+  from generate_series(1, p_written) i
 $$;
 
--- The BM25 score of a chunk `v` (words, bytes) by `w_terms` and `w_size`. How often a word stands in it comes out of ts_rank: for one word
--- and weights of 1 that is the sum of 1/j² for j up to the frequency, over pi²/6, and its inverse is exact up to 255. For a prefix ts_rank
--- adds up the words that it stands for, so those are counted.
-create or replace function pgshelf.word_score() returns text
+-- What a score needs of a chunk `c`: its words, taken out of TOAST once for all of them (an array does that), and its length as BM25 counts
+-- it, by the mean of a row `b`.
+create or replace function pgshelf.scored_words() returns text
   immutable parallel safe language sql
-as $$
-  select '(select sum(t.weight * f.often * 2.2::float8 / (f.often + 1.2::float8 * (0.25::float8 + 0.75::float8 * v.bytes / z.mean)))
-    from w_size z, w_terms t
-    cross join lateral (select ts_rank(''{1,1,1,1}'', v.words, t.query)::float8 as rank offset 0) r
-    cross join lateral (select case
-      when t.prefix then (select sum(cardinality(u.positions))::float8 from unnest(v.words) u where starts_with(u.lexeme, t.lexeme))
-      else round(1 / (1.64493406685::float8 * (1 - r.rank)) - 0.5::float8) end as often) f
-    where r.rank > 0)'
-$$;
+  as $$ select '(select (array[c.tsv])[1] as words, 1.2::float8 * (0.25::float8 + 0.75::float8 * octet_length(c.text) / b.mean) as length offset 0)' $$;
 
--- A shelf read for word candidates: p_from and p_where find the chunks `c`; "tsv || ''" takes the words out of TOAST once for all of them.
-create or replace function pgshelf.word_scan(p_from text, p_where text) returns text
+-- A shelf read for word candidates: p_from and p_where find the chunks `c`.
+create or replace function pgshelf.word_scan(p_from text, p_where text, p_written int) returns text
   immutable parallel safe language sql
 as $$
-  select format('select c.id, c.document_id, c.ordinal, %s as score
-    from %s cross join lateral (select c.tsv || '''' as words, octet_length(c.text)::float8 as bytes offset 0) v
-    where %s order by score desc, c.id limit $3', pgshelf.word_score(), p_from, p_where)
+  select format('select c.id, c.document_id, c.ordinal, %s as score from w_plan b cross join %s cross join lateral %s v
+    where %s order by score desc, c.id limit $3', pgshelf.word_score(p_written), p_from, pgshelf.scored_words(), p_where)
 $$;
 
 -- Word candidates on shelf 0, exactly: one pass over the library by the primary key, and the words are counted in what it finds.
-create or replace function pgshelf.shared_word_candidates(p_library pgshelf.libraries, p_documents text, p_chunks text) returns text
+create or replace function pgshelf.shared_word_candidates(p_library pgshelf.libraries, p_documents text, p_chunks text, p_written int) returns text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
   select format($sql$w_typed as materialized (select q.* from pgshelf.words_query(%2$L, $4) q),
     w_size as materialized (select count(*)::float8 as chunks, sum(octet_length(c.text))::float8 / nullif(count(*), 0) as mean
       from pgshelf.chunks_s0 c where c.library_id = %1$L),
-    w_hits as materialized (select c.id, c.document_id, c.ordinal, v.words, v.bytes,
+    w_hits as materialized (select c.id, c.document_id, c.ordinal, v.words, v.length,
         coalesce(v.words @@ (select q.required from w_typed q), true) and %3$s as fits
-      from pgshelf.chunks_s0 c
-      cross join lateral (select c.tsv || '' as words, octet_length(c.text)::float8 as bytes offset 0) v
+      from w_size b cross join pgshelf.chunks_s0 c cross join lateral %4$s v
       where c.library_id = %1$L and c.tsv @@ (select q.scored from w_typed q)),
-    w_terms as materialized (%4$s),
-    worded as materialized (select v.id, v.document_id, v.ordinal, %5$s as score from w_hits v where v.fits order by score desc, v.id limit $3)$sql$,
-    p_library.id, p_library.language, pgshelf.word_filter(p_documents, p_chunks),
-    pgshelf.word_weights(p_library.language, '(select count(*) from w_hits h where h.words @@ q.query)'), pgshelf.word_score())
+    w_terms as materialized (select w.*, pgshelf.word_weight(w.times, w.chunks, z.chunks) as weight
+      from (select q.*, (select count(*) from w_hits h where h.words @@ q.query) as chunks from pgshelf.query_words(%2$L, $4) q offset 0) w, w_size z
+      where w.chunks > 0),
+    w_plan as materialized (select array_agg(t.query order by t.lexeme collate "C") filter (where not t.prefix) as words,
+        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where not t.prefix) as weights,
+        array_agg(t.lexeme order by t.lexeme collate "C") filter (where t.prefix) as prefixes,
+        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where t.prefix) as prefix_weights from w_terms t),
+    worded as materialized (select v.id, v.document_id, v.ordinal, %5$s as score from w_plan b cross join w_hits v where v.fits
+      order by score desc, v.id limit $3)$sql$,
+    p_library.id, p_library.language, pgshelf.word_filter(p_documents, p_chunks), pgshelf.scored_words(), pgshelf.word_score(p_written))
 $$;
 
 -- What share of a library fulfils a filter, by a sample: ids are random, so the first in their order are one.
@@ -172,7 +205,7 @@ $$;
 
 -- The chunks that fulfil a filter, found by an index of the filter's, that hold any of the words; null when no such index leads there.
 create or replace function pgshelf.word_lead(
-  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text, p_chunks_indexed text) returns text
+  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text, p_chunks_indexed text, p_written int) returns text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
   select case
@@ -180,11 +213,11 @@ as $$
       format('(select d.* from pgshelf.documents d where d.library_id = %1$L and (select n.lead from w_next n) and %2$s and %3$s offset 0) d
       cross join lateral (select c.* from pgshelf.chunks_s%4$s c where c.library_id = %1$L and c.document_id = d.id and %5$s offset 0) c',
         p_library.id, p_indexed, p_documents, p_library.shelf, p_chunks),
-      'v.words @@ (select p.every from w_plan p)')
+      'v.words @@ (select p.every from w_plan p)', p_written)
     when p_chunks_indexed <> 'true' then pgshelf.word_scan(
       format('pgshelf.chunks_s%s c', p_library.shelf),
       format('c.library_id = %L and (select n.lead from w_next n) and %s and %s and v.words @@ (select p.every from w_plan p)',
-        p_library.id, p_chunks_indexed, pgshelf.word_filter(p_documents, p_chunks))) end
+        p_library.id, p_chunks_indexed, pgshelf.word_filter(p_documents, p_chunks)), p_written) end
 $$;
 
 -- A query for the chunks whose words can add up to p_least: without enough of them a chunk cannot, however often they stand in it. Null when
@@ -208,26 +241,60 @@ begin
   return coalesce(v_with || v_without, v_with, v_without);
 end $$;
 
--- What is known before any row is read: the words that choose the first rows, all words (every), the other ones in falling order of the most
--- that they can add, whether p_cost, what it costs to look at all that fulfils the filter, is below that of the chunks which would be chosen
--- (few) or hold a word at all (fewer).
-create or replace function pgshelf.word_plan(p_cost text) returns text
-  immutable parallel safe language sql
+-- What is known before any row is read, in one row; none where there is no chunk or no word to score by: the words and prefixes that score,
+-- with their weights, the mean length, the words that choose the first rows, all words (every), none of the first (beyond), the other ones in
+-- falling order of the most that they can add, and whether to look at all that fulfils a filter costs less than the chunks which would be
+-- chosen (few) or hold a word at all (fewer). p_share is the filter's share of the library, p_extra what finding a chunk by it costs,
+-- compared with looking at it. A function, for its plans are kept: to plan them within each search took longer than many a search.
+create or replace function pgshelf.word_plan(
+  p_library uuid, p_shelf int, p_language text, p_query text, p_reach int, p_share float8, p_extra float8)
+  returns table (words tsquery[], weights float8[], prefixes text[], prefix_weights float8[], mean float8,
+    first tsquery, every tsquery, beyond tsquery, others tsquery[], most float8[], fewer boolean, few boolean)
+  stable rows 1 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-  select format($sql$select coalesce(x.first && q.required, x.first) as first, coalesce(x.every && q.required, x.every) as every,
-      coalesce(!! x.first && q.required, !! x.first) as beyond, x.others, x.most,
-      %1$s < x.holders as fewer, %1$s < least(x.holders, greatest(1000, 5 * $3) / s.share) as few
-    from w_size z, w_share s, w_typed q, lateral (
+#variable_conflict use_column
+declare
+  v_typed record := pgshelf.words_query(p_language, p_query);
+  v_chunks float8;
+  v_words record;
+  v_counts bigint[];
+begin
+  select s.chunks, s.bytes::float8 / s.chunks into v_chunks, mean from pgshelf.word_statistics s where s.library_id = p_library and s.chunks > 0;
+  if not found then
+    execute format('select count(*), sum(octet_length(c.text))::float8 / nullif(count(*), 0) from pgshelf.chunks_s%s c where c.library_id = $1', p_shelf)
+      into v_chunks, mean using p_library;
+  end if;
+  select array_agg(q.query) as queries, array_agg(q.prefix) as prefix, array_agg(q.lexeme) as lexemes, array_agg(q.times) as times,
+      array_agg(t.chunks) as counts into v_words
+    from pgshelf.query_words(p_language, p_query) q
+    left join pgshelf.terms t on t.library_id = p_library and t.lexeme = q.lexeme and not q.prefix;
+  v_counts := v_words.counts;
+  if array_position(v_counts, null) is not null then
+    execute format('select array_agg(coalesce(u.chunks, (select count(*) from (select 1 from pgshelf.chunks_s%s c where c.tsv @@ u.query limit 10000) x))
+      order by u.place) from unnest($1, $2) with ordinality u(query, chunks, place)', p_shelf) into v_counts using v_words.queries, v_counts;
+  end if;
+  return query
+    with w as materialized (
+      select u.*, pgshelf.word_weight(u.times, u.chunks, v_chunks) as weight
+      from unnest(v_words.queries, v_words.prefix, v_words.lexemes, v_words.times, v_counts) u(query, prefix, lexeme, times, chunks) where u.chunks > 0),
+    x as (
       select sum(y.chunks) as holders, string_agg(y.query::text, ' | ')::tsquery as every,
         (string_agg(y.query::text, ' | ') filter (where y.chosen))::tsquery as first,
         array_agg(y.query order by y.weight desc) filter (where not y.chosen) as others,
         array_agg(y.weight * 2.2::float8 order by y.weight desc) filter (where not y.chosen) as most
-      from (select b.*, querytree(q.required) not in ('', 'T') is true or b.before < 1.5 * $3 / s.share
-          or b.before + b.chunks <= greatest(200 * b.words / sqrt(s.share), 3 * $3 / s.share) as chosen
-        from (select t.*, count(*) over () as words, sum(t.chunks) over (order by t.chunks, t.lexeme, t.prefix) - t.chunks as before
-          from w_terms t) b) y) x
-    where x.every is not null$sql$, p_cost)
-$$;
+      from (select b.*, querytree(v_typed.required) not in ('', 'T') is true or b.before < 1.5 * p_reach / p_share
+          or b.before + b.chunks <= greatest(200 * b.words / sqrt(p_share), 3 * p_reach / p_share) as chosen
+        from (select w.*, count(*) over () as words, sum(w.chunks) over (order by w.chunks, w.lexeme collate "C", w.prefix) - w.chunks as before
+          from w) b) y)
+    select f.*, mean, coalesce(x.first && v_typed.required, x.first), coalesce(x.every && v_typed.required, x.every),
+      coalesce(!! x.first && v_typed.required, !! x.first), x.others, x.most,
+      (p_share + p_extra) * v_chunks < x.holders,
+      (p_share + p_extra) * v_chunks < least(x.holders, greatest(1000, 5 * p_reach) / p_share)
+    from x, lateral (select array_agg(t.query order by t.lexeme collate "C") filter (where not t.prefix) as words,
+        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where not t.prefix) as weights,
+        array_agg(t.lexeme order by t.lexeme collate "C") filter (where t.prefix) as prefixes,
+        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where t.prefix) as prefix_weights from w t) f where x.every is not null;
+end $$;
 
 -- Word candidates on a shelf of the library's own. The rarest words, of some hundred chunks, choose the first rows by the GIN index, and
 -- every word scores. What the last of the best $3 of them has is what another row must reach, so no more rows are read than those with words
@@ -236,35 +303,29 @@ $$;
 -- more rows are chosen first, or, when fewer than those fulfil it, an index of the filter's leads. Conditions that are read once keep what
 -- has no turn from being executed.
 create or replace function pgshelf.shelf_word_candidates(
-  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text, p_chunks_indexed text) returns text
+  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text, p_chunks_indexed text, p_written int) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
-  v_lead text := pgshelf.word_lead(p_library, p_documents, p_chunks, p_indexed, p_chunks_indexed);
+  v_lead text := pgshelf.word_lead(p_library, p_documents, p_chunks, p_indexed, p_chunks_indexed, p_written);
   v_where text := format('c.library_id = %L and %s', p_library.id, pgshelf.word_filter(p_documents, p_chunks));
 begin
   return concat_ws(E',\n    ',
+    -- for highlights: read where they are asked for
     format('w_typed as materialized (select q.* from pgshelf.words_query(%L, $4) q)', p_library.language),
-    format('w_size as materialized (select x.chunks::float8, x.bytes::float8 / x.chunks as mean from (
-      select s.chunks, s.bytes from pgshelf.word_statistics s where s.library_id = %1$L and s.chunks > 0
-      union all select count(*), sum(octet_length(c.text)) from %2$s c where c.library_id = %1$L
-        and not exists (select 1 from pgshelf.word_statistics s where s.library_id = %1$L and s.chunks > 0) having count(*) > 0) x)', p_library.id, v_table),
-    format('w_terms as materialized (%s)', pgshelf.word_weights(p_library.language, format('coalesce(
-      (select t.chunks from pgshelf.terms t where t.library_id = %L and t.lexeme = q.lexeme and not q.prefix),
-      (select count(*) from (select 1 from %s c where c.tsv @@ q.query limit 10000) x))', p_library.id, v_table))),
-    format('w_share as materialized (%s)', pgshelf.word_share(p_library, p_documents, p_chunks)),
-    format('w_plan as materialized (%s)', pgshelf.word_plan(
+    format('w_plan as materialized (select p.* from (%s) s, lateral pgshelf.word_plan(%L, %s, %L, $4, $3, s.share, %s::float8) p)',
+      pgshelf.word_share(p_library, p_documents, p_chunks), p_library.id, p_library.shelf, p_library.language,
       -- a document is looked at in a fifth of the time of a chunk
-      case p_indexed when 'true' then '(s.share + 0.2) * z.chunks' else 's.share * z.chunks' end)),
+      case p_indexed when 'true' then 0.2 else 0 end),
     format('w_first as materialized (%s)', pgshelf.word_scan(v_table || ' c', v_where
-      || case when v_lead is null then '' else ' and (select not p.few from w_plan p)' end || ' and c.tsv @@ (select p.first from w_plan p)')),
+      || case when v_lead is null then '' else ' and (select not p.few from w_plan p)' end || ' and c.tsv @@ (select p.first from w_plan p)', p_written)),
     -- the last bits of a sum of floats depend on the order of its parts
     'w_least as materialized (select case when count(*) < $3 then 0 else min(f.score) * (1 - 1e-9::float8) end as least from w_first f)',
     format('w_next as materialized (select %s as lead, p.beyond && pgshelf.words_above(p.others, p.most, l.least) as others from w_plan p, w_least l)',
       case when v_lead is null then 'false' else 'p.few or p.fewer and p.others is not null and l.least = 0' end),
     format('w_second as materialized (%s)', pgshelf.word_scan(v_table || ' c', v_where
-      || ' and (select n.others is not null and not n.lead from w_next n) and c.tsv @@ (select n.others from w_next n)')),
+      || ' and (select n.others is not null and not n.lead from w_next n) and c.tsv @@ (select n.others from w_next n)', p_written)),
     'w_lead as materialized (' || v_lead || ')',
     format('worded as materialized (select x.* from (%sselect * from w_first%s union all select * from w_second) x order by x.score desc, x.id limit $3)',
       case when v_lead is null then '' else 'select * from w_lead union all ' end,
@@ -273,21 +334,24 @@ end $$;
 
 -- The best $3 chunks of a library for the words of $4, by BM25 (k1 1.2, b 0.75; Robertson, Zaragoza, "The Probabilistic Relevance Framework",
 -- 2009), ties by id, among those that fulfil a filter as pgshelf.compile_filter writes it: CTEs, the last one `worded` (id, document_id,
--- ordinal, score). The length of a chunk is that of its text in bytes, which is known without reading its words and ranks as well.
+-- ordinal, score). The length of a chunk is that of its text in bytes, which is known without reading its words and ranks as well. p_query
+-- says for about how many words the statement shall be fast; it finds the same for any other.
 create or replace function pgshelf.word_candidates(
-  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text default 'true', p_chunks_indexed text default 'true') returns text
+  p_library pgshelf.libraries, p_documents text, p_chunks text, p_indexed text default 'true', p_chunks_indexed text default 'true',
+  p_query text default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_given text[] := array[p_documents, p_chunks, p_indexed, p_chunks_indexed];
+  v_written int := least(coalesce(nullif(cardinality(string_to_array(p_query, ' ')), 0), 8), 16);
 begin
   for i in 1 .. 4 loop
     if v_given[i] <> 'true' then
       v_given[i] := '(' || v_given[i] || ')';
     end if;
   end loop;
-  return case p_library.shelf when 0 then pgshelf.shared_word_candidates(p_library, v_given[1], v_given[2])
-    else pgshelf.shelf_word_candidates(p_library, v_given[1], v_given[2], v_given[3], v_given[4]) end;
+  return case p_library.shelf when 0 then pgshelf.shared_word_candidates(p_library, v_given[1], v_given[2], v_written)
+    else pgshelf.shelf_word_candidates(p_library, v_given[1], v_given[2], v_given[3], v_given[4], v_written) end;
 end $$;
 
 -- Counts the words of a library that has a shelf of its own, for its searches: how many chunks hold a word, for those that more than one

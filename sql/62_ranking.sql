@@ -71,7 +71,8 @@ $$;
 -- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both. Of a vector search the way is chosen
 -- for p_reach candidates.
 create or replace function pgshelf.candidates(
-  p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int) returns text
+  p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int,
+  p_query text default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -81,7 +82,8 @@ begin
   if p_mode = 'vector' then
     return v_near;
   end if;
-  return concat_ws(', ', v_near, pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed, v_condition.chunks_indexed),
+  return concat_ws(', ', v_near, pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed,
+      v_condition.chunks_indexed, p_query),
     case p_mode when 'hybrid' then pgshelf.fusion(p_library.metric, p_fusion) end);
 end $$;
 
@@ -98,17 +100,17 @@ $$;
 
 -- The statement that searches a library: mode is vector, text or hybrid, p_ef overrides ef_search (probes for ivfflat). p_filter gives the
 -- shape, and with p_reach the way that is gone. It may be kept and run again, with other values too: p_kept makes it look whether the library
--- is still where it was. Who runs it in the snapshot in which it was made need not look.
+-- is still where it was; p_query says for about how many words it shall be fast. Who runs it in the snapshot in which it was made need not look.
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
-  p_kept boolean default true) returns text
+  p_kept boolean default true, p_query text default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_plain boolean := p_mode = 'vector' and not p_grouped and not p_diverse;
-  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach);
+  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query);
   v_score text;
 begin
   if v_plain then
@@ -258,9 +260,10 @@ begin
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates);
   v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
-    search_text.mmr_lambda is not null, v_reach, false);
+    search_text.mmr_lambda is not null, v_reach, false, search_text.query);
   if search_text.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach), 'text',
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach,
+      search_text.query), 'text',
       v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}');
   end if;
   return query execute v_statement using null::@vector@.vector, search_text.filter, v_reach, search_text.query, null::float8, search_text.min_score,
@@ -296,10 +299,10 @@ begin
   v_reach := greatest(pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     search_hybrid.mmr_lambda, coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates)), search_hybrid.candidates);
   v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
-    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false);
+    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false, search_hybrid.query);
   if search_hybrid.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
-      search_hybrid.ef_search, search_hybrid.fusion, v_reach), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
+      search_hybrid.ef_search, search_hybrid.fusion, v_reach, search_hybrid.query), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
       search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
   end if;
   return query execute v_statement using search_hybrid.embedding, search_hybrid.filter, v_reach, search_hybrid.query, search_hybrid.max_distance,

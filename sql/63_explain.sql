@@ -54,7 +54,7 @@ begin
     perform pgshelf.check_vector(explain_search.embedding, v_library.dimension, v_library.metric, 'of the query');
   end if;
   v_statement := pgshelf.search_statement(v_library, v_mode, explain_search.filter, explain_search.exact, explain_search.ef_search,
-    p_reach => v_reach, p_kept => false);
+    p_reach => v_reach, p_kept => false, p_query => explain_search.query);
   execute 'explain (analyze, format json) ' || v_statement into v_plan
     using explain_search.embedding, explain_search.filter, v_reach, explain_search.query, null::float8, null::float8, '{text}'::text[],
       explain_search.k, explain_search.offset, 60, '{1,1}'::float8[], 1, null::float8;

@@ -337,6 +337,24 @@ def test_sql_is_applied_again_when_only_it_differs(cluster: Cluster) -> None:
     assert everything(url) == before
 
 
+def test_functions_of_an_older_version_go(cluster: Cluster) -> None:
+    """Beside the new ones they would be called by mistake; what depends on them from outside is told."""
+    url = cluster.database()
+    migrate.upgrade(url)
+    before = everything(url)
+    execute(
+        url,
+        "create function pgshelf.few(float8) returns float8 language sql as 'select 1.0::float8'",
+        "create view public.theirs as select pgshelf.few(5)",
+        "update pgshelf.installation set sql_hash = 'of an older version'",
+    )
+    with pytest.raises(migrate.MigrationError, match=r"nothing was changed: .*pgshelf\.few[\s\S]*theirs depends on"):
+        migrate.upgrade(url)
+    execute(url, "drop view public.theirs")
+    migrate.upgrade(url)
+    assert everything(url) == before
+
+
 def test_up_down_and_up_again(cluster: Cluster) -> None:
     url = cluster.database(vector=None)
     empty, roles = everything(url), cluster.roles()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import random
@@ -180,13 +181,18 @@ def fill(db: Connection, library: uuid.UUID, texts: dict[uuid.UUID, str]) -> Non
 
 
 def search(
-    db: Connection, library: uuid.UUID | str, query: str, k: int = 10, condition: Condition | None = None
+    db: Connection,
+    library: uuid.UUID | str,
+    query: str,
+    k: int = 10,
+    condition: Condition | None = None,
+    made_for: str | None = None,
 ) -> list[Row]:
-    """What `worded` holds, in its order."""
+    """What `worded` holds, in its order, in a statement that was made for a query like some other."""
     return db.execute(
         """select x.id, x.score from pgshelf.libraries l,
-          pg_temp.worded(pgshelf.word_candidates(l, %s, %s, %s, %s), null, %s, %s) x where l.id = %s""",
-        [*(condition or Condition()).arguments(uuid.UUID(str(library))), k, query, library],
+          pg_temp.worded(pgshelf.word_candidates(l, %s, %s, %s, %s, %s), null, %s, %s) x where l.id = %s""",
+        [*(condition or Condition()).arguments(uuid.UUID(str(library))), made_for, k, query, library],
     ).fetchall()
 
 
@@ -430,10 +436,34 @@ def test_no_filter_touches_no_document(db: Connection, libraries: dict[str, uuid
 
 
 def test_statistics_spare_counting(db: Connection, libraries: dict[str, uuid.UUID]) -> None:
+    scans = """select sum(coalesce(t.seq_scan, 0) + coalesce(t.idx_scan, 0)) from pgshelf.libraries l
+      join pg_stat_xact_user_tables t on t.schemaname = 'pgshelf' and t.relname = 'chunks_s' || l.shelf
+      where l.id = %s"""
     for name, counted in (("own", False), ("own without statistics", True)):
-        found = plan(db, libraries[name], VOCABULARY[0])
-        assert executed(found, "w_terms") is counted
-        assert executed(found, "w_size") is counted
+        with db.transaction():
+            before = db.execute(scans, [libraries[name]]).fetchone()
+            (mean,) = db.execute(
+                "select p.mean from pgshelf.libraries l,"
+                " pgshelf.word_plan(l.id, l.shelf, l.language, %s, 10, 1, 0) p where l.id = %s",
+                [VOCABULARY[0], libraries[name]],
+            ).fetchone() or (None,)
+            assert mean is not None and mean > 0
+            assert (db.execute(scans, [libraries[name]]).fetchone() != before) is counted
+
+
+@pytest.mark.parametrize(
+    "made_for", ["one", " ".join(VOCABULARY[:8]), " ".join(VOCABULARY), None], ids=["1", "8", "many", "unknown"]
+)
+def test_a_statement_finds_the_same_for_any_number_of_words(
+    db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, made_for: str | None
+) -> None:
+    """Words beyond those that it writes out score as well."""
+    rng = random.Random(11)
+    for name, count in itertools.product(LIBRARIES, (1, 8, 9, 17)):
+        words, prefixes = rng.sample(VOCABULARY, count), rng.sample(["ba", "de", "ki"], count % 2)
+        query = " ".join([*words, *(f"{prefix}*" for prefix in prefixes)])
+        scores = truth(corpus, name, libraries[name]).scores(words, prefixes)
+        check(search(db, libraries[name], query, made_for=made_for), scores, 10)
 
 
 # -- statistics
