@@ -256,8 +256,9 @@ def test_all_processes_are_added_up_and_dead_ones_forgotten(
     database_url: str, make_live_server: MakeLiveServer
 ) -> None:
     server = make_live_server(database_url, "--workers", "2")
-    for _ in range(40):
-        httpx2.get(f"{server.url}/health")  # a connection each: both processes get some
+    with httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0)) as client:
+        for _ in range(40):
+            client.get(f"{server.url}/health")  # a connection each: both processes get some
     assert count(ok_text(httpx2.get(f"{server.url}/metrics")), "pgshelf_http_requests_total", route="/health") == 40
     serving = workers(server)
     assert len(serving) == 2
