@@ -306,6 +306,7 @@ begin raise 'broken' using errcode = 'XX000', detail = new::text; end $$;
 create trigger broken before insert or update on pgshelf.documents for each row execute function broken()"""
 
 
+@pytest.mark.watched
 def test_lines_hold_no_secret_and_nothing_of_what_is_stored_or_asked(
     database_url: str, make_live_server: MakeLiveServer, cohere_server: CohereServer
 ) -> None:
