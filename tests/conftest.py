@@ -166,6 +166,7 @@ def vector_schema(pytestconfig: pytest.Config) -> str:
 def databases(postgres: Server, vector_schema: str) -> Iterator[Databases]:
     """Makes and drops databases, for tests that need several."""
     made = Databases(postgres, vector_schema)
+    made.prepare()
     yield made
     made.close()
 

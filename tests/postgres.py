@@ -103,13 +103,13 @@ def start_server(choice: Choice) -> Server:
 def _start_embedded(version: int, stack: ExitStack) -> str:
     from pgshelf import embedded
 
-    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-", dir=_in_memory()))
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-", dir=in_memory()))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     return stack.enter_context(embedded.start(directory, version, settings=FAST)).url("postgres")
 
 
-def _in_memory() -> str | None:
-    """A folder in memory where there is room for all tests: hundreds of files are copied for each database."""
+def in_memory() -> str | None:
+    """A folder in memory where there is room for all tests: a server and a database are hundreds of files."""
     try:
         return str(MEMORY) if shutil.disk_usage(MEMORY).free > ENOUGH_MEMORY and os.access(MEMORY, os.W_OK) else None
     except OSError:  # on macOS there is none
@@ -167,11 +167,15 @@ class Databases:
             connection.execute(sql.SQL("create extension vector schema {}").format(schema))
         return url
 
-    def migrated(self) -> str:
-        """Make a copy of the migrated template; return its URL."""
+    def prepare(self) -> str:
+        """Make the migrated template once; its grants keep the roles, which another database's way down would drop."""
         if self._template is None:
             self._template = self._migrate()
-        return self.copy(self._template)
+        return self._template
+
+    def migrated(self) -> str:
+        """Make a copy of the migrated template; return its URL."""
+        return self.copy(self.prepare())
 
     def copy(self, url: str) -> str:
         """Make a copy of a database that nobody is connected to; return its URL."""

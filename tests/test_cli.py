@@ -33,7 +33,7 @@ from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
 from tests.conftest import LiveServer
 from tests.openai_server import OpenAIServer
-from tests.postgres import Server, on_database
+from tests.postgres import Server, in_memory, on_database
 from tests.roles import ask, logins
 from tests.soak.crash import ended, workers_of
 
@@ -642,7 +642,7 @@ def version(postgres_version: int) -> int:
 @pytest.fixture(scope="module")
 def data_dir(version: int) -> Iterator[Path]:
     """One cluster for all tests here: initdb takes longer than what they do."""
-    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-"))
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-", dir=in_memory()))
     yield directory / "data"
     with embedded.start(directory / "data", version):
         pass  # whatever a failed test left running has no other user now
