@@ -199,7 +199,7 @@ class Changes:
         while True:
             self.service.keep_up()
             with contextlib.suppress(httpx2.TransportError):
-                if self.client.get("/ready", timeout=10).status_code == 200:
+                if httpx2.get(f"{self.service.url}/ready", timeout=10).status_code == 200:
                     return
             assert time.monotonic() < deadline, self.service.output[-3000:]
             time.sleep(0.05)

@@ -366,17 +366,15 @@ class Moves:
     def _recover(self) -> None:
         """Wait until it serves again; that takes no help but a start of what has ended."""
         deadline = time.monotonic() + ARRIVAL_SECONDS
-        with httpx2.Client(base_url=self.service.url, timeout=10) as client:
-            while not (ready(client) and len(self.service.workers()) == WORKERS):
-                assert time.monotonic() < deadline, self.service.output[-5000:]
-                time.sleep(0.05)
-                self.service.keep_up()
+        while not (self._ready() and len(self.service.workers()) == WORKERS):
+            assert time.monotonic() < deadline, self.service.output[-5000:]
+            time.sleep(0.05)
+            self.service.keep_up()
 
-
-def ready(client: httpx2.Client) -> bool:
-    with contextlib.suppress(httpx2.TransportError):
-        return client.get("/ready").status_code == 200
-    return False
+    def _ready(self) -> bool:
+        with contextlib.suppress(httpx2.TransportError):
+            return httpx2.get(f"{self.service.url}/ready", timeout=10).status_code == 200
+        return False
 
 
 @contextlib.contextmanager
