@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -29,7 +30,7 @@ from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose,
 READY_SECONDS = 60.0
 CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
-_with_application: set[Path] = set()  # files of tests that have made one
+_made: set[tuple[Path, str]] = set()  # which files of tests have made an application, or a server
 WATCHED = pytest.StashKey[bool]()
 WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
@@ -74,10 +75,27 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["pgshelf_server"] = {"choice": choice, "admin_url": server.admin_url}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported to collect the tests stays: looking for garbage there took a quarter of collecting them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage watches a test's first case: being watched doubles what Python takes. A marker says otherwise."""
+    """Coverage watches a test's first case: being watched doubles what Python takes. A marker says otherwise.
+
+    Tests that share the database of their file go to one process, which fills it once.
+    """
     seen: set[tuple[str, str]] = set()
     for item in items:
+        if "shared_database_url" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         test = (str(item.path), getattr(item, "originalname", item.name))
         first = test not in seen or item.get_closest_marker("watched") is not None
         item.stash[WATCHED] = first and item.get_closest_marker("unwatched") is None
@@ -108,10 +126,10 @@ def unwatched(config: pytest.Config) -> Iterator[None]:
             os.environ[WATCHED_PROCESSES] = processes
 
 
-def first_of_its_file(request: pytest.FixtureRequest) -> bool:
-    """Whether a file of tests makes an application for the first time: that of each file is watched."""
-    known = request.path in _with_application
-    _with_application.add(request.path)
+def first_of_its_file(request: pytest.FixtureRequest, kind: str) -> bool:
+    """Whether a file of tests makes an application, or a server, for the first time: that of each file is watched."""
+    known = (request.path, kind) in _made
+    _made.add((request.path, kind))
     return not known
 
 
@@ -148,6 +166,7 @@ def vector_schema(pytestconfig: pytest.Config) -> str:
 def databases(postgres: Server, vector_schema: str) -> Iterator[Databases]:
     """Makes and drops databases, for tests that need several."""
     made = Databases(postgres, vector_schema)
+    made.prepare()
     yield made
     made.close()
 
@@ -208,7 +227,7 @@ async def make_client(request: pytest.FixtureRequest) -> AsyncIterator[MakeClien
     async with AsyncExitStack() as stack:
 
         async def make(settings: Any, **options: Any) -> httpx2.AsyncClient:
-            watched = first_of_its_file(request)
+            watched = first_of_its_file(request, "application")
             with contextlib.nullcontext() if watched else unwatched(request.config):
                 app = create_app(settings)
             await stack.enter_async_context(_lifespan(app))
@@ -268,13 +287,14 @@ class LiveServer:
     def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
         """Wait until /ready says so; fails with the server's output."""
         deadline = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                if httpx2.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            except httpx2.TransportError:
-                pass
-            time.sleep(0.05)
+        with httpx2.Client(timeout=5) as client:  # one: each reads all certificates of this machine
+            while self.process.poll() is None and time.monotonic() < deadline:
+                try:
+                    if client.get(f"{self.url}/ready").status_code == 200:
+                        return
+                except httpx2.TransportError:
+                    pass
+                time.sleep(0.05)
         pytest.fail(f"pgshelf serve was not ready (exit status {self.process.poll()}):\n{self.output}")
 
     def stop(self, seconds: float = 30) -> int:
@@ -313,25 +333,54 @@ MakeLiveServer = Callable[..., LiveServer]
 
 
 @pytest.fixture
-def make_live_server(tmp_path: Path) -> Iterator[MakeLiveServer]:
+def make_live_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeLiveServer]:
     """Starts `pgshelf serve` processes: make_live_server(url, "--workers", "2", wait=True, PGSHELF_MAX_K="5")."""
-    with _live_servers(tmp_path) as make:
+    with _live_servers(tmp_path, request) as make:
         yield make
 
 
 @pytest.fixture(scope="module")
-def shared_live_server(shared_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A running `pgshelf serve` that the tests of one file share; by default its libraries have no embedder."""
-    with _live_servers(tmp_path_factory.mktemp("serve")) as make:
-        yield make(shared_database_url, PGSHELF_EMBEDDER="none")
+def shared_environment() -> dict[str, str]:
+    """The environment of `shared_live_server`: its libraries have no embedder by default. A file may have another."""
+    return {"PGSHELF_EMBEDDER": "none"}
+
+
+@pytest.fixture(scope="module")
+def shared_live_server(
+    request: pytest.FixtureRequest,
+    shared_database_url: str,
+    shared_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[LiveServer]:
+    """A running `pgshelf serve` that the tests of one file share."""
+    with _live_servers(tmp_path_factory.mktemp("serve"), request) as make:
+        yield make(shared_database_url, **shared_environment)
+
+
+@pytest.fixture
+def served(shared_live_server: LiveServer) -> Iterator[LiveServer]:
+    """The running service of the file, without libraries."""
+    from pgshelf_client import Client
+
+    yield shared_live_server
+    with Client(shared_live_server.url) as client:
+        for library in list(client.libraries()):
+            client.delete_library(library.name)
 
 
 @contextmanager
-def _live_servers(tmp_path: Path) -> Iterator[MakeLiveServer]:
+def _live_servers(tmp_path: Path, request: pytest.FixtureRequest | None = None) -> Iterator[MakeLiveServer]:
     servers: list[LiveServer] = []
+
+    def watched() -> bool:
+        if request is None or request.node.get_closest_marker("watched"):
+            return True
+        return first_of_its_file(request, "server")
 
     def make(url: str | None, *arguments: str, wait: bool = True, port: int = 0, **environment: str) -> LiveServer:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+        if WATCHED_PROCESSES in inherited and not watched():
+            del inherited[WATCHED_PROCESSES]
         known = {"PGSHELF_DATABASE_URL": url or "", "PGSHELF_DATA_DIR": str(tmp_path / "data"), "PGSHELF_WORKERS": "1"}
         log = tmp_path / f"serve-{len(servers)}.log"
         server = LiveServer(list(arguments), {**inherited, **known, **environment}, port or _free_port(), log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
@@ -24,6 +25,7 @@ PASSWORD = "pgshelf"
 # Nobody needs these databases after a power failure.
 FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off", "max_connections": "300"}
 TEMPLATE_LOCK = 0x70677368
+MEMORY, ENOUGH_MEMORY = Path("/dev/shm"), 4 * 1024**3  # noqa: S108 - mkdtemp makes folders there that are ours alone
 
 
 class NoServer(Exception):
@@ -101,9 +103,17 @@ def start_server(choice: Choice) -> Server:
 def _start_embedded(version: int, stack: ExitStack) -> str:
     from pgshelf import embedded
 
-    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-"))
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-", dir=in_memory()))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     return stack.enter_context(embedded.start(directory, version, settings=FAST)).url("postgres")
+
+
+def in_memory() -> str | None:
+    """A folder in memory where there is room for all tests: a server and a database are hundreds of files."""
+    try:
+        return str(MEMORY) if shutil.disk_usage(MEMORY).free > ENOUGH_MEMORY and os.access(MEMORY, os.W_OK) else None
+    except OSError:  # on macOS there is none
+        return None
 
 
 def _start_container(version: int, stack: ExitStack) -> str:
@@ -157,11 +167,19 @@ class Databases:
             connection.execute(sql.SQL("create extension vector schema {}").format(schema))
         return url
 
-    def migrated(self) -> str:
-        """Make a copy of the migrated template; return its URL."""
+    def prepare(self) -> str:
+        """Make the migrated template once; its grants keep the roles, which another database's way down would drop."""
         if self._template is None:
             self._template = self._migrate()
-        template = urlsplit(self._template).path[1:]
+        return self._template
+
+    def migrated(self) -> str:
+        """Make a copy of the migrated template; return its URL."""
+        return self.copy(self.prepare())
+
+    def copy(self, url: str) -> str:
+        """Make a copy of a database that nobody is connected to; return its URL."""
+        template = urlsplit(url).path[1:]
         # files, not WAL: five times faster where nothing is flushed
         return self._create("create database {} template {} strategy file_copy", sql.Identifier(template))
 

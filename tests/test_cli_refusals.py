@@ -54,13 +54,14 @@ def test_a_search_without_a_server_asks_whether_there_is_one() -> None:
 def test_serving_an_unmigrated_database_says_so_and_serves(empty_database_url: str, make_live_server: Any) -> None:
     server = make_live_server(empty_database_url, wait=False)
     deadline = time.monotonic() + 60
-    while True:
-        try:
-            answer = httpx2.get(f"{server.url}/ready", timeout=5)
-            break
-        except httpx2.TransportError:
-            assert time.monotonic() < deadline, server.output
-            time.sleep(0.1)
+    with httpx2.Client(timeout=5) as client:
+        while True:
+            try:
+                answer = client.get(f"{server.url}/ready")
+                break
+            except httpx2.TransportError:
+                assert time.monotonic() < deadline, server.output
+                time.sleep(0.1)
     assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
     assert "pgshelf: not ready: the schema pgshelf is missing; run pgshelf migrate" in server.output
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,19 @@ from pgshelf import cli_transfer
 from pgshelf.cli import main
 from pgshelf.transfer import Columns, Source
 from pgshelf_client import Client, ImportProgress
+from tests.conftest import LiveServer
 
 VECTORS = ("--create", "--embedder", "none", "--dimension", "3")
 Run = Callable[..., Result]
 
 
 @pytest.fixture
-def server(shared_live_server: Any) -> Iterator[Any]:
-    """A service without libraries."""
-    yield shared_live_server
-    with Client(shared_live_server.url) as client:
-        for library in client.libraries():
-            client.delete_library(library.name)
-
-
-@pytest.fixture
-def run(server: Any) -> Run:
+def run(served: LiveServer) -> Run:
     """Runs a command against the service: run("export", "notes", status=0)."""
 
     def invoke(*arguments: str | Path, status: int = 0, input: bytes | None = None) -> Result:
         environment = {name: None for name in os.environ if name.startswith("PGSHELF_")}
-        options = [*map(str, arguments), "--url", server.url]
+        options = [*map(str, arguments), "--url", served.url]
         result = CliRunner().invoke(main, options, env={**environment, "PGSHELF_LOG_LEVEL": "error"}, input=input)
         assert result.exit_code == status, (result.output, result.exception)
         return result
@@ -172,7 +164,7 @@ def test_tables_are_mapped(run: Run, tmp_path: Path) -> None:
     assert "3 created" in run("import", "notes", tmp_path / "c.ndjson.gz", "--parallel", "3", "--no-wait").stdout
 
 
-def test_a_library_is_made_if_it_is_missing(run: Run, server: Any) -> None:
+def test_a_library_is_made_if_it_is_missing(run: Run, served: LiveServer) -> None:
     line = lines(documents(1, keyed=1))
     assert "404 library_not_found" in run("import", "notes", "-", input=line, status=1).stderr
     run("import", "notes", "-", *VECTORS, "--metric", "l2", input=line)
@@ -182,7 +174,7 @@ def test_a_library_is_made_if_it_is_missing(run: Run, server: Any) -> None:
         "import", "texts", "-", "--create", "--embedder", "local:wordllama-l2-supercat", "--dimension", "128", input=b""
     )
     assert "409 " not in run("import", "a b", "-", "--create", "--embedder", "odd", status=1, input=b"").stderr
-    with Client(server.url) as client:
+    with Client(served.url) as client:
         assert (client.get_library("notes").metric, client.get_library("notes").dimension) == ("l2", 3)
         assert client.get_library("texts").embedder.dimension == 128
 
@@ -230,13 +222,13 @@ def stored(database_url: str) -> list[int]:
 
 
 def test_a_killed_import_is_gone_on_with_by_the_same_command(
-    run: Run, server: Any, shared_database_url: str, tmp_path: Path
+    run: Run, served: LiveServer, shared_database_url: str, tmp_path: Path
 ) -> None:
     total, path = 5000, tmp_path / "many.ndjson"
     path.write_bytes(lines(documents(total)))
     run("import", "notes", "-", *VECTORS, input=b"")
     command = [str(Path(sys.executable).with_name("pgshelf")), "import", "notes", str(path)]
-    command += ["--url", server.url]
+    command += ["--url", served.url]
     for least in (1, 2000):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60

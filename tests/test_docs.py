@@ -96,46 +96,51 @@ def run_shell(script: str, server: Any) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def shared_environment() -> dict[str, str]:
+    return {}  # the embedder by default
+
+
 def test_the_examples_of_the_readme_run(
-    live_server: Any, database_url: str, capsys: pytest.CaptureFixture[str]
+    served: Any, shared_database_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell = [block for block in blocks(ROOT / "README.md", "sh") if "curl" in block]
     [python], [sql] = blocks(ROOT / "README.md", "python"), blocks(ROOT / "README.md", "sql")
-    output = "".join(run_shell(block, live_server) for block in shell)
+    output = "".join(run_shell(block, served) for block in shell)
     assert '"key":"ch-7"' in output and '"hits":[{' in output
-    exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "README.md", "exec"), {})  # noqa: S102 - ours
+    exec(compile(python.replace("http://127.0.0.1:8432", served.url), "README.md", "exec"), {})  # noqa: S102 - ours
     printed = capsys.readouterr().out
     assert "ch-8" in printed and "ch-7" in printed
-    with psycopg.connect(database_url, autocommit=True) as connection:
+    with psycopg.connect(shared_database_url, autocommit=True) as connection:
         hits, overview = [connection.execute(each.encode()).fetchall() for each in sql.split(";") if each.strip()]
     assert hits[0][0] == "ch-7" and len(hits) == 2
     assert overview == [("handbook", 2, 2, 0)]
 
 
-def test_the_example_of_the_sdk_runs(live_server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_sdk_runs(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
     [python] = blocks(ROOT / "sdk/README.md", "python")
-    exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "sdk/README.md", "exec"), {})  # noqa: S102 - ours
+    exec(compile(python.replace("http://127.0.0.1:8432", served.url), "sdk/README.md", "exec"), {})  # noqa: S102 - ours
     assert "vacuum" in capsys.readouterr().out
 
 
 def test_the_examples_of_imports_run(
-    live_server: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PGSHELF_PORT", str(live_server.port))
+    monkeypatch.setenv("PGSHELF_PORT", str(served.port))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     Path("notes.ndjson").write_text('{"key": "a", "text": "Dead rows."}\n{"text": "Locks."}\n')
     Path("staff.csv").write_text("id,body,year\n7,Ada wrote it.,1843\n")
     commands = [block for block in blocks(ROOT / "docs/ingestion.md", "sh") if "notes.ndjson" in block]
     pythons = [block for block in blocks(ROOT / "docs/ingestion.md", "python") if "import_documents" in block]
-    said = "".join(run_shell(block, live_server) for block in commands)
+    said = "".join(run_shell(block, served) for block in commands)
     assert "notes.ndjson: 2 created, 0 replaced" in said and "staff.csv: 1 created" in said
     assert "backup.ndjson.gz: 3 documents" in said
     for python in pythons:
-        exec(compile(python.replace("http://127.0.0.1:8432", live_server.url), "docs/ingestion.md", "exec"), {})  # noqa: S102 - ours
+        exec(compile(python.replace("http://127.0.0.1:8432", served.url), "docs/ingestion.md", "exec"), {})  # noqa: S102 - ours
     assert capsys.readouterr().out.endswith("1000\n")
     [readme] = [block for block in blocks(ROOT / "README.md", "sh") if "pgshelf import" in block]
-    assert "2 dealt with by an earlier run" in run_shell(readme, live_server)
+    assert "2 dealt with by an earlier run" in run_shell(readme, served)
     assert Path("notes.parquet").exists()
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from pgshelf import embedded
 from pgshelf.embedded import EmbeddedError, EmbeddedServer
+from tests.postgres import in_memory
 
 FAST = {"fsync": "off"}  # a killed process loses nothing that way; a power failure is not tested
 Start = Callable[..., EmbeddedServer]
@@ -44,7 +45,7 @@ def version(postgres_version: int) -> int:
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[Path]:
     # pytest's own are too deep for a socket, and closed to the user that the server runs as under root
-    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-"))
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-test-", dir=in_memory()))
     try:
         yield directory
     finally:

@@ -33,6 +33,8 @@ from tests.filter_oracle import (
 from tests.postgres import Databases
 from tests.rest.asking import library, ok, until
 
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
 LIBRARY = uuid.UUID(int=1)
 Connection = psycopg.Connection[Any]
 DOCUMENTS = 40
@@ -126,7 +128,6 @@ def expected(condition: Filter, documents: list[Document], attributes: dict[str,
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.unwatched
 def test_generated_filters_match_what_the_predicate_matches(
     connection: Connection, state: str, generated: Callable[[Any], Any]
 ) -> None:
@@ -203,7 +204,6 @@ def cosine(one: list[float], two: list[float]) -> float:
     return dot / lengths
 
 
-@pytest.mark.unwatched
 async def test_every_way_to_search_gives_the_same_rows(
     database_url: str, make_settings: Any, make_client: Any, generated: Callable[[Any], Any]
 ) -> None:

@@ -14,6 +14,8 @@ from psycopg import sql
 from tests.roles import Login, ask, logins
 from tests.test_sql_surface import make_library, put
 
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
 Connection = psycopg.Connection[Any]
 VIEWS = {
     "libraries_overview": "name", "documents_view": "library", "chunks_view": "library",

@@ -17,6 +17,8 @@ from psycopg.types.json import Jsonb
 
 from tests.postgres import Databases
 
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
 SHELVES = itertools.count(1)
 FENCE_LOCK = "select pg_advisory_xact_lock(x'6c6962'::int, hashtext(%s))"
 FENCE_ROW = "select 1 from pgshelf.libraries where id = %s for update"
@@ -655,7 +657,6 @@ def look(by: Session) -> tuple[list[str], list[int]]:
 
 
 @pytest.mark.xdist_group("many shelves")
-@pytest.mark.unwatched
 def test_a_claim_touches_no_shelf_where_nothing_waits(many_shelves: Session) -> None:
     assert many_shelves.one(WAITING) == 0
     assert look(many_shelves) == ([], [])
@@ -673,7 +674,6 @@ def test_a_claim_touches_no_shelf_where_nothing_waits(many_shelves: Session) -> 
 
 
 @pytest.mark.xdist_group("many shelves")
-@pytest.mark.unwatched
 def test_a_claim_looks_at_a_bounded_number_of_shelves(many_shelves: Session) -> None:
     """After a long pause of every worker all leases are over at once; a transaction cannot hold a thousand shelves."""
     many_shelves.do("delete from pgshelf.chunks where embedding is null")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import httpx2
 import psycopg
@@ -14,7 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pgshelf import credentials
+from pgshelf.app import create_app
 from pgshelf.cli import main
+from pgshelf.settings import Settings
+from tests.conftest import _lifespan
 
 Run = Callable[..., Result]
 
@@ -181,27 +187,47 @@ def test_other_machines_are_not_served_without_keys(run: Run, auth: str) -> None
     assert "PGSHELF_ALLOW_UNAUTHENTICATED" in result.output
 
 
-@pytest.mark.parametrize(
-    ("settings", "keys", "said", "status"),
-    [
-        ({}, ["admin"], "with a key", 401),
-        ({"PGSHELF_AUTH": "on"}, [], "with a key, and there is none", 401),
-        ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, [], "open to whoever reaches it, until there is a key", 200),
-        ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true", "PGSHELF_AUTH": "off"}, ["admin"], "open to whoever", 200),
-        ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, ["admin"], "with a key", 401),
-    ],
-)
+SAID_HOW = [
+    ({}, ["admin"], "with a key", 401),
+    ({"PGSHELF_AUTH": "on"}, [], "with a key, and there is none", 401),
+    ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, [], "open to whoever reaches it, until there is a key", 200),
+    ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true", "PGSHELF_AUTH": "off"}, ["admin"], "open to whoever", 200),
+    ({"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, ["admin"], "with a key", 401),
+]
+
+
+@pytest.mark.parametrize(("settings", "keys", "said", "status"), SAID_HOW)
 def test_other_machines_are_served_when_somebody_said_how(
     run: Run,
-    database_url: str,
-    make_live_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    unused_port: int,
     settings: dict[str, str],
     keys: list[str],
     said: str,
     status: int,
 ) -> None:
+    """What the command would serve, asked in this process."""
     for role in keys:
         made(run, "create", role, "--role", role)
-    server = make_live_server(database_url, "--host", "0.0.0.0", **settings)  # noqa: S104 - for seconds
-    assert f"access   {said}" in server.output
-    assert httpx2.get(f"{server.url}/v1/libraries").status_code == status
+    answered: list[int] = []
+
+    class Served:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def serve(self) -> None:
+            answered.append(asyncio.run(asked(Settings.from_env(os.environ))))
+
+    async def asked(found: Settings) -> int:
+        app = create_app(found)
+        transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+        async with _lifespan(app), httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.get("/v1/libraries")).status_code
+
+    monkeypatch.setattr("granian.Granian", Served)
+    with patch.dict(os.environ):  # the command hands its settings down there
+        words = ("serve", "--host", "0.0.0.0", "--port", str(unused_port))  # noqa: S104 - nobody listens
+        result = run(*words, **settings)
+    assert result.exit_code == 0, result.output
+    assert f"access   {said}" in result.output
+    assert answered == [status]

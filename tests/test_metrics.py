@@ -256,8 +256,9 @@ def test_all_processes_are_added_up_and_dead_ones_forgotten(
     database_url: str, make_live_server: MakeLiveServer
 ) -> None:
     server = make_live_server(database_url, "--workers", "2")
-    for _ in range(40):
-        httpx2.get(f"{server.url}/health")  # a connection each: both processes get some
+    with httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0)) as client:
+        for _ in range(40):
+            client.get(f"{server.url}/health")  # a connection each: both processes get some
     assert count(ok_text(httpx2.get(f"{server.url}/metrics")), "pgshelf_http_requests_total", route="/health") == 40
     serving = workers(server)
     assert len(serving) == 2
@@ -305,6 +306,7 @@ begin raise 'broken' using errcode = 'XX000', detail = new::text; end $$;
 create trigger broken before insert or update on pgshelf.documents for each row execute function broken()"""
 
 
+@pytest.mark.watched
 def test_lines_hold_no_secret_and_nothing_of_what_is_stored_or_asked(
     database_url: str, make_live_server: MakeLiveServer, cohere_server: CohereServer
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -14,18 +15,34 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pgshelf.app import create_app
 from pgshelf.errors import CODES
+from pgshelf.settings import Settings
+from tests.conftest import _lifespan
 
 DOCS = Path(__file__).parents[1] / "docs"
 RANGES = {"$__rate_interval": "5m", "$job": "pgshelf"}
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 
 
+@pytest.fixture(scope="module")
+def exposed(shared_database_url: str, vector_schema: str) -> str:
+    """What /metrics says, after a request that found nothing."""
+
+    async def asked() -> str:
+        app = create_app(Settings(database_url=shared_database_url, vector_schema=vector_schema, embedder="none"))
+        transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+        async with _lifespan(app), httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            await client.get("/nowhere")
+            return str((await client.get("/metrics")).text)
+
+    return asyncio.run(asked())
+
+
 @pytest.fixture
-async def families(client: httpx2.AsyncClient) -> dict[str, tuple[str, str]]:
+def families(exposed: str) -> dict[str, tuple[str, str]]:
     """The metrics of pgshelf as they are exposed: name to kind and meaning."""
-    text = (await client.get("/metrics")).text
-    found = {family.name: (family.type, family.documentation) for family in text_string_to_metric_families(text)}
+    found = {family.name: (family.type, family.documentation) for family in text_string_to_metric_families(exposed)}
     # when a counter began is OpenMetrics' business
     return {name: told for name, told in found.items() if name.startswith("pgshelf_") and not name.endswith("_created")}
 
@@ -68,23 +85,23 @@ def used() -> set[str]:
     return {each.name for text in expressions() for each in selectors(promql_parser.parse(text))}
 
 
-async def test_the_documentation_has_every_metric_and_no_other(families: dict[str, tuple[str, str]]) -> None:
+def test_the_documentation_has_every_metric_and_no_other(families: dict[str, tuple[str, str]]) -> None:
     rows = re.findall(r"^\| `(pgshelf_[a-z_]+)` \| (\w+) \|", (DOCS / "operations.md").read_text(), re.MULTILINE)
     assert dict(rows) == {name: kind for name, (kind, _) in families.items()}
     assert all(meaning.endswith(".") for _, meaning in families.values())
 
 
-async def test_dashboard_and_alerts_use_only_what_there_is(families: dict[str, tuple[str, str]]) -> None:
+def test_dashboard_and_alerts_use_only_what_there_is(families: dict[str, tuple[str, str]]) -> None:
     there = {name + suffix for name, (kind, _) in families.items() for suffix in SUFFIXES[kind]}
     assert used() - {"up"} <= there
 
 
-async def test_the_dashboard_shows_every_metric(families: dict[str, tuple[str, str]]) -> None:
+def test_the_dashboard_shows_every_metric(families: dict[str, tuple[str, str]]) -> None:
     shown = {re.sub("_(total|bucket|count|sum)$", "", name) for name in used()} | used()
     assert set(families) <= shown
 
 
-async def test_labels_that_are_selected_exist(client: httpx2.AsyncClient, families: dict[str, tuple[str, str]]) -> None:
+def test_labels_that_are_selected_exist(exposed: str) -> None:
     told = re.findall(r"^\| `(pgshelf_[a-z_]+)` \| \w+ \| ([a-z, ]*)\|", (DOCS / "operations.md").read_text(), re.M)
     labels = {name: set(filter(None, text.replace(" ", "").split(","))) for name, text in told}
     by_scraping = {"job", "instance", "le"}
@@ -93,8 +110,6 @@ async def test_labels_that_are_selected_exist(client: httpx2.AsyncClient, famili
             name = re.sub("_(total|bucket|count|sum)$", "", selector.name)
             allowed = labels.get(name, set()) | labels.get(selector.name, set()) | by_scraping
             assert {matcher.name for matcher in selector.matchers.matchers} <= allowed, text
-    await client.get("/nowhere")
-    exposed = (await client.get("/metrics")).text
     for family in text_string_to_metric_families(exposed):
         for sample in family.samples:
             if family.name in labels:

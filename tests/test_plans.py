@@ -14,6 +14,8 @@ from psycopg.types.json import Jsonb
 from pgshelf import shelves
 from pgshelf.settings import Settings
 
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
 Connection = psycopg.Connection[Any]
 Plan = dict[str, Any]
 ROWS, DOCUMENTS, DIMENSION = 6_000, 2_000, 4

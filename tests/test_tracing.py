@@ -87,6 +87,7 @@ def test_a_request_is_a_trace_from_the_caller_to_the_provider(
     }  # fmt: skip
 
 
+@pytest.mark.watched
 def test_failures_are_marked_and_say_no_more_than_their_type(
     database_url: str, make_live_server: MakeLiveServer, cohere_server: CohereServer, collector: Collector
 ) -> None:

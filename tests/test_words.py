@@ -23,6 +23,8 @@ from psycopg.types.json import Jsonb
 from pgshelf import shelves
 from pgshelf.settings import Settings
 
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
 Connection = psycopg.Connection[Any]
 Row = tuple[uuid.UUID, float]
 CHUNKS = 5_000
@@ -227,9 +229,17 @@ def libraries(db: Connection, shared_database_url: str, corpus: Corpus) -> dict[
     return made
 
 
-def truth(corpus: Corpus, name: str, library: uuid.UUID) -> Corpus:
-    """The corpus under the ids that its chunks have in a library."""
-    return corpus if name == "own" else Corpus({uuid.uuid5(library, str(c)): t for c, t in corpus.texts.items()})
+Truths = dict[str, Corpus]
+
+
+@pytest.fixture(scope="module")
+def truths(corpus: Corpus, libraries: dict[str, uuid.UUID]) -> Truths:
+    """The corpus under the ids that its chunks have in each library."""
+    others = {name: library for name, library in libraries.items() if name != "own"}
+    return {"own": corpus} | {
+        name: Corpus({uuid.uuid5(library, str(c)): t for c, t in corpus.texts.items()})
+        for name, library in others.items()
+    }
 
 
 # -- ranking
@@ -250,13 +260,12 @@ def test_the_ranking_is_bm25(db: Connection, texts: list[str], query: list[str],
 
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
-@pytest.mark.unwatched
 def test_every_way_to_the_rows_finds_the_best(
-    db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, name: str, condition: Condition
+    db: Connection, libraries: dict[str, uuid.UUID], truths: Truths, name: str, condition: Condition
 ) -> None:
     """Rare and frequent words, few and many hits, more than there are."""
     rng = random.Random(name)
-    known = truth(corpus, name, libraries[name])
+    known = truths[name]
     for length in (1, 4, 15):
         query = rng.choices(VOCABULARY, k=length)
         scores = known.scores(query, condition=condition)
@@ -288,9 +297,9 @@ def test_frequency_counts_up_to_what_a_tsvector_holds(db: Connection) -> None:
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_prefixes_score_by_all_their_words(
-    db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, name: str
+    db: Connection, libraries: dict[str, uuid.UUID], truths: Truths, name: str
 ) -> None:
-    known = truth(corpus, name, libraries[name])
+    known = truths[name]
     for typed, words, prefixes in (
         ("ba*", [], ["ba"]),
         ("min* ban ban", ["ban", "ban"], ["min"]),
@@ -302,9 +311,9 @@ def test_prefixes_score_by_all_their_words(
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_phrases_and_exclusions_choose_among_the_scored(
-    db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, name: str
+    db: Connection, libraries: dict[str, uuid.UUID], truths: Truths, name: str
 ) -> None:
-    known = truth(corpus, name, libraries[name])
+    known = truths[name]
     for typed, words, must, never in (
         ('"ban bar"', ["ban", "bar"], r"\bban bar\b", None),
         ('"ban bar" len', ["ban", "bar", "len"], r"\bban bar\b", None),
@@ -603,7 +612,6 @@ TYPED = st.text(
 @example(" ".join(f"w{n}*" for n in range(3_000)))
 @example(" ".join(f'"ban{n} bar"' for n in range(2_000)))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.unwatched
 def test_whatever_is_typed_raises_nothing(db: Connection, libraries: dict[str, uuid.UUID], query: str) -> None:
     for name in LIBRARIES[:2]:
         assert len(search(db, libraries[name], query)) <= 10

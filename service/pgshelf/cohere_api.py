@@ -38,9 +38,8 @@ async def ask(settings: Settings, model: str, errors: Errors, send: Callable[[As
 
 
 def _connect(api_key: str, base_url: str) -> Connection:
-    import httpx
     from cohere import AsyncClientV2
 
-    http = httpx.AsyncClient(timeout=None)  # noqa: S113 - the timeout spans all attempts
+    http = providers.http_client()
     client = AsyncClientV2(api_key, base_url=base_url, client_name="pgshelf", max_retries=0, httpx_client=http)
     return Connection(client, http)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import random
 import time
@@ -21,6 +22,8 @@ from weakref import WeakKeyDictionary
 from prometheus_client import Histogram
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 T = TypeVar("T")
@@ -180,6 +183,21 @@ class Connection(NamedTuple):
 
     client: Any
     http: httpx.AsyncClient
+
+
+def http_client() -> httpx.AsyncClient:
+    """A client that trusts whom this machine trusts; the timeout, which spans all attempts, is the caller's."""
+    import httpx
+
+    return httpx.AsyncClient(timeout=None, verify=_certificates())  # noqa: S113 - see above
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: that takes longer than many a call."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 # An HTTP client belongs to the event loop that opened its connections. One for each loop keeps them between requests.

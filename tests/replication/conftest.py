@@ -13,6 +13,7 @@ import pytest
 
 from pgshelf import migrate
 from tests.conftest import MakeClient, MakeSettings
+from tests.postgres import in_memory
 from tests.replication.cluster import Cluster
 
 # nobody needs these servers after a power failure
@@ -24,7 +25,7 @@ def cluster(postgres_version: int) -> Iterator[Cluster]:
     """A primary and two standbys, migrated."""
     if postgres_version not in (16, 18):
         pytest.skip("standbys are made from the bundled servers")
-    directory = Path(tempfile.mkdtemp(prefix="pgshelf-r-"))
+    directory = Path(tempfile.mkdtemp(prefix="pgshelf-r-", dir=in_memory()))
     try:
         made = Cluster(directory, postgres_version, settings=FAST)
         try:

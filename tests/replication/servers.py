@@ -16,6 +16,7 @@ import psycopg
 from psycopg import conninfo
 
 from pgshelf.embedded import DATABASE, EmbeddedServer
+from tests.postgres import in_memory
 
 FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "32MB", "max_wal_size": "256MB"}
 
@@ -125,9 +126,7 @@ def folder() -> Iterator[Path]:
 
     In memory where there is room: some disks take long to forget a thousand files that were flushed.
     """
-    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a name of its own in it
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2 * 1024**3
-    made = Path(tempfile.mkdtemp(prefix="pgshelf-replication-", dir=memory if roomy else None))
+    made = Path(tempfile.mkdtemp(prefix="pgshelf-replication-", dir=in_memory()))
     try:
         yield made
     finally:

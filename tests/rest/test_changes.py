@@ -289,6 +289,7 @@ async def test_a_stream_goes_on_and_goes_on_again(database_url: str, make_live_s
             assert [event async for event in events if event[1] != ":"] == []
 
 
+@pytest.mark.watched
 async def test_a_server_that_is_told_to_stop_ends_its_streams(database_url: str, make_live_server: Any) -> None:
     server: LiveServer = make_live_server(database_url)
     async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from http import HTTPStatus
 from pathlib import Path
@@ -11,10 +12,15 @@ from urllib.parse import quote
 import httpx2
 import jsonschema_rs
 import msgspec
+import pytest
 
+from pgshelf.app import create_app
 from pgshelf.embedders import PROVIDERS
 from pgshelf.errors import CODES, RETRY_AFTER
+from pgshelf.settings import Settings
 from tests.rest.asking import chunks, key, ok
+
+pytestmark = pytest.mark.xdist_group("openapi")  # the document is made once
 
 LINES = "application/x-ndjson"
 ORDER = [  # each needs what those before it made
@@ -30,9 +36,20 @@ ORDER = [  # each needs what those before it made
 ]  # fmt: skip
 
 
-async def document(client: httpx2.AsyncClient) -> dict[str, Any]:
-    found: dict[str, Any] = ok(await client.get("/schema"))
-    return found
+Described = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def described() -> Described:
+    """The document, made once: that takes longer than all that is asked of it."""
+
+    async def asked() -> Described:
+        app = create_app(Settings(database_url="postgresql://127.0.0.1:9/none", auth="off"))
+        transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return ok(await client.get("/schema"))
+
+    return asyncio.run(asked())
 
 
 def operations(document: dict[str, Any]) -> dict[str, tuple[str, str, dict[str, Any]]]:
@@ -59,8 +76,8 @@ def example(document: dict[str, Any], operation: dict[str, Any]) -> Any:
     return document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["examples"][0]
 
 
-async def test_every_operation_says_what_it_does(client: httpx2.AsyncClient) -> None:
-    found = operations(await document(client))
+def test_every_operation_says_what_it_does(described: Described) -> None:
+    found = operations(described)
     assert set(found) == set(ORDER)
     for path, method, item in found.values():
         assert item["summary"] and item["description"] and item["tags"], (path, method)
@@ -69,12 +86,13 @@ async def test_every_operation_says_what_it_does(client: httpx2.AsyncClient) -> 
             assert parameter["in"] != "path" or parameter["example"]
 
 
-async def test_examples_work_as_they_stand(settings: Any, make_client: Any, database_url: str, tmp_path: Path) -> None:
+async def test_examples_work_as_they_stand(
+    settings: Any, make_client: Any, database_url: str, tmp_path: Path, described: Described
+) -> None:
     # the backup fails at once: a real one would copy the databases of all tests
     nowhere = {"backup_directory": tmp_path / "backups", "backup_url": "postgresql://127.0.0.1:9/none"}
     client = await make_client(msgspec.structs.replace(settings, **nowhere))
     client.headers["Authorization"] = f"Bearer {key(database_url, 'first', 'admin')}"
-    described = await document(client)
     found = operations(described)
     chunk = ""
     for name in ORDER:
@@ -105,8 +123,7 @@ async def test_examples_work_as_they_stand(settings: Any, make_client: Any, data
             assert response.json()["hits"]
 
 
-async def test_everything_is_described(client: httpx2.AsyncClient) -> None:
-    described = await document(client)
+def test_everything_is_described(described: Described) -> None:
     for name, schema in described["components"]["schemas"].items():
         assert schema["description"], name
         for field, what in schema["properties"].items():
@@ -121,8 +138,7 @@ async def test_everything_is_described(client: httpx2.AsyncClient) -> None:
                 assert component(media) in described["components"]["schemas"], (name, status)
 
 
-async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient) -> None:
-    described = await document(client)
+def test_examples_of_answers_fit_their_schemas(described: Described) -> None:
     schemas = described["components"]["schemas"]
     answers = {"Library", "Stats", "Document", "Chunk", "SearchAnswer", "ProblemBody", "Health", "Ready"}
     answers |= {"DocumentsFound", "Affected", "FacetsAnswer", "EventTaken", "Changes", "Change", "Retried"}
@@ -134,8 +150,8 @@ async def test_examples_of_answers_fit_their_schemas(client: httpx2.AsyncClient)
             check(described, name, value)
 
 
-async def test_what_answers_may_say_is_listed(client: httpx2.AsyncClient) -> None:
-    schemas = (await document(client))["components"]["schemas"]
+def test_what_answers_may_say_is_listed(described: Described) -> None:
+    schemas = described["components"]["schemas"]
     assert schemas["Library"]["properties"]["metric"]["enum"] == ["cosine", "inner_product", "l1", "l2"]
     assert schemas["EmbedderUsed"]["properties"]["provider"]["enum"] == list(PROVIDERS)
     for name in ("Document", "Chunk"):
@@ -143,8 +159,7 @@ async def test_what_answers_may_say_is_listed(client: httpx2.AsyncClient) -> Non
     assert schemas["SearchRequest"]["properties"]["include"]["default"] == ["text", "metadata", "document"]
 
 
-async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.AsyncClient) -> None:
-    described = await document(client)
+async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.AsyncClient, described: Described) -> None:
     for name, (_, _, item) in operations(described).items():
         said = "a document in each line" if name == "importDocuments" else "MessagePack"
         assert said in item.get("requestBody", {"description": said})["description"], name
@@ -158,8 +173,8 @@ async def test_messagepack_is_documented_where_it_is_answered(client: httpx2.Asy
     check(described, "Page_Library_", msgspec.msgpack.decode(response.content))
 
 
-async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
-    schemas = (await document(client))["components"]["schemas"]
+def test_what_is_refused_is_said(described: Described) -> None:
+    schemas = described["components"]["schemas"]
     for name in (
         "CreateLibrary",
         "PatchLibrary",
@@ -185,8 +200,7 @@ async def test_what_is_refused_is_said(client: httpx2.AsyncClient) -> None:
     assert search["properties"]["offset"]["minimum"] == 0 and search["properties"]["k"]["minimum"] == 1
 
 
-async def test_every_problem_is_documented(client: httpx2.AsyncClient) -> None:
-    described = await document(client)
+def test_every_problem_is_documented(described: Described) -> None:
     statuses = set()
     for path, _, item in operations(described).values():
         for status, response in item["responses"].items():
@@ -202,8 +216,7 @@ async def test_every_problem_is_documented(client: httpx2.AsyncClient) -> None:
     assert described["components"]["schemas"]["ProblemBody"]["properties"]["code"]["enum"] == sorted(CODES)
 
 
-async def test_the_document_says_how_to_authenticate(client: httpx2.AsyncClient) -> None:
-    described = await document(client)
+def test_the_document_says_how_to_authenticate(described: Described) -> None:
     assert described["security"] == [{"key": []}]
     assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     open_to_all = {name for name, (_, _, item) in operations(described).items() if item.get("security") == []}
@@ -212,14 +225,13 @@ async def test_the_document_says_how_to_authenticate(client: httpx2.AsyncClient)
 
 async def test_the_document_is_about_this_server(database_url: str, make_settings: Any, make_client: Any) -> None:
     client = await make_client(make_settings(database_url, api_prefix=""))
-    described = await document(client)
+    described = ok(await client.get("/schema"))
     assert described["openapi"].startswith("3.1") and "/libraries" in described["paths"]
     assert described == ok(await client.get("/schema/openapi.json"))
 
 
-async def test_the_written_chunks_are_searchable(client: httpx2.AsyncClient) -> None:
+async def test_the_written_chunks_are_searchable(client: httpx2.AsyncClient, described: Described) -> None:
     """The example of a document has passages."""
-    described = await document(client)
     found = operations(described)
     ok(await client.post("/v1/libraries", json={"name": "shelf"}), 201)
     body = example(described, found["addDocument"][2]) | {"key": "k"}

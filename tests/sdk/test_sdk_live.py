@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from pgshelf_client import (
     SearchFailure,
     Unprocessable,
 )
-from tests.conftest import LiveServer, _live_servers
+from tests.conftest import LiveServer
 from tests.sdk.script import Caller
 
 pytestmark = pytest.mark.watched
@@ -31,16 +30,14 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def server(shared_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One for all tests, with the local embedder: starting it takes longer than they do."""
-    with _live_servers(tmp_path_factory.mktemp("serve")) as make:
-        yield make(shared_database_url)
+def shared_environment() -> dict[str, str]:
+    return {}  # the embedder by default
 
 
 @pytest.fixture(params=["Client", "AsyncClient"])
-async def shelf(request: pytest.FixtureRequest, server: LiveServer) -> Any:
+async def shelf(request: pytest.FixtureRequest, shared_live_server: LiveServer) -> Any:
     """A client of either kind, and `handbook`, the only library, with three documents."""
-    with Client(server.url) as client:
+    with Client(shared_live_server.url) as client:
         for library in client.libraries():
             client.delete_library(library.name)
         client.create_library("handbook")
@@ -49,7 +46,7 @@ async def shelf(request: pytest.FixtureRequest, server: LiveServer) -> Any:
         if request.param == "Client":
             yield Caller(client)
             return
-    async with AsyncClient(server.url) as awaited:
+    async with AsyncClient(shared_live_server.url) as awaited:
         yield Caller(awaited)
 
 

@@ -147,9 +147,7 @@ async def _ask(settings: Settings, model: str, texts: list[str], dimension: int 
 
 
 def _connect() -> Connection:
-    import httpx
-
-    http = httpx.AsyncClient(timeout=None)  # noqa: S113 - the timeout spans all attempts
+    http = providers.http_client()
     return Connection(http, http)
 
 
