@@ -464,14 +464,14 @@ def test_statistics_spare_counting(db: Connection, libraries: dict[str, uuid.UUI
     "made_for", ["one", " ".join(VOCABULARY[:8]), " ".join(VOCABULARY), None], ids=["1", "8", "many", "unknown"]
 )
 def test_a_statement_finds_the_same_for_any_number_of_words(
-    db: Connection, libraries: dict[str, uuid.UUID], corpus: Corpus, made_for: str | None
+    db: Connection, libraries: dict[str, uuid.UUID], truths: Truths, made_for: str | None
 ) -> None:
     """Words beyond those that it writes out score as well."""
     rng = random.Random(11)
     for name, count in itertools.product(LIBRARIES, (1, 8, 9, 17)):
         words, prefixes = rng.sample(VOCABULARY, count), rng.sample(["ba", "de", "ki"], count % 2)
         query = " ".join([*words, *(f"{prefix}*" for prefix in prefixes)])
-        scores = truth(corpus, name, libraries[name]).scores(words, prefixes)
+        scores = truths[name].scores(words, prefixes)
         check(search(db, libraries[name], query, made_for=made_for), scores, 10)
 
 
