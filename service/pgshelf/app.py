@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
-from litestar import Litestar
+from litestar import Litestar, Request
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, License, SecurityScheme, Tag
@@ -135,21 +136,30 @@ class Parts:
     def dependencies(self, metrics_folder: Path | None) -> dict[str, Provide]:
         """What handlers ask for, by the names of their parameters."""
 
-        # what could be had at once, Litestar makes a task each for; asking for the engine puts it behind that
-        def behind(engine: http.Engine) -> Settings:
+        # what could be had at once, Litestar makes a task each for; asking for another puts each behind that
+        def settings(engine: http.Engine) -> Settings:
             return self.settings
+
+        def topology(settings: http.Config) -> replicas.Topology | None:
+            return self.topology
+
+        def cache(reader: http.Reader) -> query_cache.QueryCache:
+            return self.answers
+
+        def principal(settings: http.Config, request: Request[Any, Any, Any]) -> access.Principal:
+            return access.principal(request)
 
         return {
             "engine": Provide(lambda: self.engine, sync_to_thread=False),
-            "settings": Provide(behind, sync_to_thread=False),
+            "settings": Provide(settings, sync_to_thread=False),
             "metrics_folder": Provide(lambda: metrics_folder, sync_to_thread=False),
             "readers": Provide(lambda: self.readers, sync_to_thread=False),
-            "cache": Provide(lambda: self.answers, sync_to_thread=False),
-            "topology": Provide(lambda: self.topology, sync_to_thread=False),
+            "cache": Provide(cache, sync_to_thread=False),
+            "topology": Provide(topology, sync_to_thread=False),
             "reader": Provide(replicas.reader, sync_to_thread=False),
             "once": Provide(idempotency.once),
             "audited": Provide(idempotency.audited, sync_to_thread=False),
-            "principal": Provide(access.principal, sync_to_thread=False),
+            "principal": Provide(principal, sync_to_thread=False),
         }
 
 
