@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from litestar.enums import ScopeType
@@ -33,6 +34,36 @@ def patience(settings: Settings) -> Callable[[ASGIApp], ASGIApp]:
         return impatient
 
     return middleware
+
+
+@contextlib.contextmanager
+def early(receive: Receive) -> Iterator[Receive]:
+    """A `receive` whose first part is asked for at once: it comes while the block waits for something else."""
+    first, taken = asyncio.create_task(_first(receive)), False
+    first.add_done_callback(_noticed)
+
+    async def receive_next() -> Any:
+        nonlocal taken
+        if taken:
+            return await receive()
+        taken = True
+        return await first
+
+    try:
+        yield receive_next
+    finally:
+        if not taken:
+            first.cancel()
+
+
+async def _first(receive: Receive) -> Any:
+    return await receive()
+
+
+def _noticed(asked: asyncio.Task[Any]) -> None:
+    """What went wrong with a part that nobody wanted is no news."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def patient(receive: Receive, seconds: float, *, stream: bool = False) -> Receive:
