@@ -1,4 +1,4 @@
-"""Bodies that are asked for before they are wanted: what comes, comes in order; what fails, fails where it is awaited."""
+"""Bodies asked for before they are wanted: what comes, comes in order; what fails, fails where it is awaited."""
 
 from __future__ import annotations
 
