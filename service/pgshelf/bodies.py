@@ -1,4 +1,4 @@
-"""Bodies that come too slowly: a client that sends nothing, or next to nothing, is not waited for without end."""
+"""Bodies: a client that sends nothing, or next to nothing, is not waited for without end; short ones come meanwhile."""
 
 from __future__ import annotations
 
