@@ -366,10 +366,13 @@ def test_sql_is_applied_again_when_only_it_differs(cluster: Cluster) -> None:
 
 
 def test_functions_of_an_older_version_go(cluster: Cluster) -> None:
-    """Beside the new ones they would be called by mistake; what depends on them from outside is told."""
+    """Beside the new ones they would be called by mistake; what depends on them is told, and those of others stay."""
     url = cluster.database()
     migrate.upgrade(url)
+    execute(url, "create function pgshelf.of_others(float8) returns float8 language sql as 'select 1.0::float8'")
+    migrate.upgrade(url)
     before = everything(url)
+    assert "of_others" in str(before)
     execute(
         url,
         "create function pgshelf.few(float8) returns float8 language sql as 'select 1.0::float8'",
