@@ -65,10 +65,11 @@ class Guard:
                 await app(scope, receive, send)
                 return
             with contextlib.ExitStack() as held:
-                if _has_short_body(scope):
+                headers = dict(scope["headers"])
+                if _has_short_body(headers):
                     receive = held.enter_context(bodies.early(receive))
                 try:
-                    await self._admit(scope, receive, held)
+                    await self._admit(scope, headers, receive, held)
                 except Problem as problem:
                     self._note_refusal(scope, problem.code, problem.who if isinstance(problem, Unauthorized) else None)
                     raise
@@ -78,12 +79,13 @@ class Guard:
 
         return guarded
 
-    async def _admit(self, scope: Any, receive: Receive, held: contextlib.ExitStack) -> None:
+    async def _admit(
+        self, scope: Any, headers: dict[bytes, bytes], receive: Receive, held: contextlib.ExitStack
+    ) -> None:
         handler = scope["route_handler"]
         rule = RULES.get(handler.operation_id or "")
         if rule == OPEN or _is_reference(handler):
             return
-        headers = dict(scope["headers"])
         self._check_host(headers.get(b"host", b"").decode("latin-1"))
         if rule is None or rule.role is None:
             raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
@@ -151,9 +153,8 @@ class Guard:
             raise Problem("forbidden", "The key may give only names that it sees libraries by; an id does not count.")
 
 
-def _has_short_body(scope: Any) -> bool:
+def _has_short_body(headers: dict[bytes, bytes]) -> bool:
     """Whether a body may come while PostgreSQL is asked about the caller: not one that waits to be invited."""
-    headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"0")
     short = length.isdigit() and len(length) < 6 and 0 < int(length) <= SHORT
     return short and b"authorization" in headers and b"expect" not in headers
