@@ -295,7 +295,7 @@ class Crowd:
         if isinstance(error, psycopg.OperationalError):
             lost = error.sqlstate in (None, *AWAY)
         elif isinstance(error, Refused):
-            lost = (error.status, error.code) == (503, "database_unavailable")
+            lost = error.status == 503 and error.code in ("database_unavailable", "write_outcome_unknown")
         return lost and any(each.ended > begun and each.of_service == of_service for each in self.outages)
 
     @contextlib.contextmanager
