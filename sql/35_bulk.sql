@@ -219,7 +219,7 @@ create or replace function pgshelf.importing(p_library uuid) returns boolean
   volatile language sql set search_path = pg_catalog, pg_temp
 as $$
   select exists (select from pgshelf.imports i where i.library_id = p_library and i.started_at > clock_timestamp() - interval '1 hour'
-    and i.written_at > clock_timestamp() - case when i.lease_until > clock_timestamp() then interval '10 seconds' else '2 seconds' end)
+    and i.written_at > clock_timestamp() - case when i.lease_until > clock_timestamp() then interval '10 seconds' else '1 second' end)
 $$;
 
 -- Opens the cursor `export`: a row for each chunk, in the order of the documents' creation, with the beginning of its document's line

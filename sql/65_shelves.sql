@@ -396,9 +396,7 @@ end $$;
 
 -- The statements that give a filled shelf its keys, to be run one by one: those of the partitioned table, so that ATTACH finds them
 -- and builds none under its lock, and those for words and for metadata, without a pending list that every search would scan.
--- A plain build keeps vacuum from everything that dies meanwhile, a concurrent one waits for every transaction that is open: what
--- takes long is built concurrently, what is quick is not held up by somebody's report.
-create or replace function pgshelf.shelf_keys(p_shelf int, p_concurrently boolean) returns setof text
+create or replace function pgshelf.shelf_keys(p_shelf int) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
   select format('alter table pgshelf.chunks_s%1$s add constraint chunks_s%1$s_pkey %2$s', p_shelf, pg_get_constraintdef(k.oid))
@@ -409,35 +407,38 @@ as $$
     from pg_index i join pg_class c on c.oid = i.indexrelid
     where i.indrelid = 'pgshelf.chunks'::regclass and not i.indisprimary
   union all
-  select format('create index %4$s chunks_s%1$s_%2$s_idx on pgshelf.chunks_s%1$s using gin (%2$s%3$s) with (fastupdate = off)',
-      p_shelf, x.name, x.class, case when p_concurrently then 'concurrently' end)
+  select format('create index chunks_s%1$s_%2$s_idx on pgshelf.chunks_s%1$s using gin (%2$s%3$s) with (fastupdate = off)',
+      p_shelf, x.name, x.class)
     from (values ('tsv', ''), ('metadata', ' jsonb_path_ops')) x(name, class)
 $$;
 
--- Copies the chunks of about p_limit rows' worth of documents behind p_after to another shelf; tells the last document, null at the end.
+-- Copies the chunks of about p_limit rows' worth of documents, behind p_after and up to p_until, to another shelf; tells the last document,
+-- null at the end.
 -- Batches need no common snapshot: what is written meanwhile is in the log. On shelf 0 every chunk asks for its document, so those are
 -- held, but not waited for (waiting could deadlock): whatever somebody is deleting goes into the log.
-create or replace function pgshelf.copy_chunks(p_library uuid, p_to int, p_after uuid, p_limit int) returns uuid
+create or replace function pgshelf.copy_chunks(p_library uuid, p_to int, p_after uuid, p_until uuid, p_limit int) returns uuid
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_library pgshelf.libraries;
   v_after uuid := coalesce(p_after, '00000000-0000-0000-0000-000000000000');
+  v_until uuid := coalesce(p_until, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_last uuid;
   v_held uuid[];
 begin
   select * into v_library from pgshelf.libraries l where l.id = p_library;
   v_library.moving_to := p_to;
-  execute format('select c.document_id from pgshelf.chunks_s%s c where c.library_id = $1 and c.document_id > $2
-    order by c.document_id offset $3 limit 1', v_library.shelf) into v_last using p_library, v_after, p_limit;
+  execute format('select c.document_id from pgshelf.chunks_s%s c where c.library_id = $1 and c.document_id > $2 and c.document_id <= $3
+    order by c.document_id offset $4 limit 1', v_library.shelf) into v_last using p_library, v_after, v_until, p_limit;
+  v_until := coalesce(v_last, v_until);
   if p_to = 0 then
-    v_held := array(select d.id from pgshelf.documents d where d.library_id = p_library and d.id > v_after
-      and (v_last is null or d.id <= v_last) for key share skip locked);
+    v_held := array(select d.id from pgshelf.documents d where d.library_id = p_library and d.id > v_after and d.id <= v_until
+      for key share skip locked);
     insert into pgshelf.move_log (library_id, document_id) select p_library, d.id from pgshelf.documents d
-      where d.library_id = p_library and d.id > v_after and (v_last is null or d.id <= v_last) and d.id <> all (v_held);
+      where d.library_id = p_library and d.id > v_after and d.id <= v_until and d.id <> all (v_held);
   end if;
-  execute pgshelf.copying(v_library, 'library_id = $1 and document_id > $2 and ($3 is null or document_id <= $3)'
-    || case when p_to = 0 then ' and document_id = any ($4)' else '' end) using p_library, v_after, v_last, v_held;
+  execute pgshelf.copying(v_library, 'library_id = $1 and document_id > $2 and document_id <= $3'
+    || case when p_to = 0 then ' and document_id = any ($4)' else '' end) using p_library, v_after, v_until, v_held;
   return v_last;
 end $$;
 
@@ -645,7 +646,8 @@ begin
   return (select array_agg(case when v_length < 1e-6 then 0 else v_next[i] / v_length end order by i) from generate_series(1, v_size) i);
 end $$;
 
--- The statements that build an index on a shelf, to be run one by one; concurrently, searches and writes go on meanwhile. Nobody
+-- The statements that build an index on a shelf, to be run one by one; concurrently, searches and writes go on meanwhile. A shelf that
+-- nobody uses yet needs none of that, and a build over an expression holds vacuum back either way, as long as it takes. Nobody
 -- needs statistics about its column, and each ANALYZE would compute all keys of its sample for them.
 create or replace function pgshelf.build_statements(p_library uuid, p_shelf int, p_index jsonb, p_concurrently boolean) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp

@@ -59,13 +59,6 @@ class IndexBuilds:
         await self._session.step("prepared")
         return index
 
-    async def seconds(self, shelf: int, target: Index, dimension: int) -> float:
-        """About how many seconds the indexes of a shelf that nobody else knows yet will take."""
-        estimate = "select e.seconds from pgshelf.index_estimate(%s, pgshelf.shelf_vectors(%s), %s, %s) e"
-        memory = self._session.settings.index_memory_bytes
-        [(seconds,)] = await self._session.rows(estimate, Jsonb(target), shelf, dimension, memory)
-        return float(seconds)
-
     async def build(
         self, library: UUID, shelf: int, target: Index, begun: Index | None = None, *, concurrently: bool = True
     ) -> Index:

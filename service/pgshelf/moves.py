@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from uuid import UUID
 
@@ -14,11 +15,11 @@ from pgshelf.sessions import Gone, Session
 
 log = logging.getLogger("pgshelf.moves")
 
+MIDDLE = UUID(int=2**127)  # as many documents have a greater id as a smaller one, for ids are random
 COPIED_ROWS = 5000  # by one statement of a copy, so that none holds back vacuum for long
 DRAINED_DOCUMENTS = 20
 TOLERATED = 100  # chunks that may wait for their vector when an embedder changes, should it never come up with all
 REAPED_ROWS = 2000
-LONG_BUILD = 10.0  # estimated seconds from which on the indexes of a new shelf are built concurrently
 DETACH_WAIT = "5s"  # for searches that are on; a longer one is left alone until the next sweep
 
 
@@ -64,7 +65,7 @@ class Moves:
     async def _fill(self, library: UUID, to: int, target: Index | None) -> Index:
         """Make the new shelf, up to its index, and attach it; shelf 0 is there already."""
         if target is None:
-            await self._copy(library, to)
+            await self._copy(self._session, library, to)
             await self._session.step("copied")
             return {"type": "flat"}
         dimension = await self._builds.dimension(library, to)
@@ -74,13 +75,12 @@ class Moves:
         if target["type"] == "lsh":  # the rows hold codes from the first on
             index = await self._builds.new_index(target, to, dimension)
             await self._session.run("select pgshelf.keep_codes(%s, %s)", to, index["serial"])
-        await self._copy(library, to)
+        await self._copy_halves(library, to)
         await self._session.step("copied")
-        long = await self._builds.seconds(to, target, dimension) > LONG_BUILD
-        for (statement,) in await self._session.rows("select pgshelf.shelf_keys(%s, %s)", to, long):
+        for (statement,) in await self._session.rows("select pgshelf.shelf_keys(%s)", to):
             await self._session.run(statement)
         await self._session.step("keyed")
-        index = await self._builds.build(library, to, target, index, concurrently=long)
+        index = await self._builds.build(library, to, target, index, concurrently=False)
         await self._session.run(f"analyze pgshelf.chunks_s{to}")
         await self._session.step("analyzed")
         await self._session.patient(
@@ -89,13 +89,26 @@ class Moves:
         await self._session.step("attached")
         return index
 
-    async def _copy(self, library: UUID, to: int) -> None:
-        last: UUID | None = None
+    async def _copy_halves(self, library: UUID, to: int) -> None:
+        """Copy to a new shelf, which is nobody else's, in two sessions: most of the time goes into finding words."""
+        async with self._session.beside() as other:
+            half = asyncio.create_task(self._copy(other, library, to, after=MIDDLE))
+            try:
+                await self._copy(self._session, library, to, until=MIDDLE)
+                await half
+            finally:
+                half.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):  # told above, unless another one was
+                    await half
+
+    async def _copy(
+        self, session: Session, library: UUID, to: int, *, after: UUID | None = None, until: UUID | None = None
+    ) -> None:
+        last = after
         while True:
-            [(last,)] = await self._session.rows(
-                "select pgshelf.copy_chunks(%s, %s, %s, %s)", library, to, last, COPIED_ROWS
-            )
-            await self._session.step("copying")
+            copy = "select pgshelf.copy_chunks(%s, %s, %s, %s, %s)"
+            [(last,)] = await session.rows(copy, library, to, last, until, COPIED_ROWS)
+            await session.step("copying")
             if last is None:
                 return
 

@@ -96,6 +96,12 @@ class Session:
                 await self.run("reset lock_timeout")
 
     @contextlib.asynccontextmanager
+    async def beside(self) -> AsyncIterator[Session]:
+        """Another session, for work that two processors shall share; it holds none of the locks."""
+        async with await connect(self.settings) as connection:
+            yield Session(connection, self.settings, self.pace, self.step)
+
+    @contextlib.asynccontextmanager
     async def lock(self, call: str, *key: Any) -> AsyncIterator[bool]:
         """Try a lock of the session; what the block gets says whether it is ours."""
         [(mine,)] = await self.rows(f"select {call}", *key)
