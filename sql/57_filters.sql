@@ -517,13 +517,16 @@ end $$;
 
 -- What of a filter's index conditions finds its documents, where both attributes and the containment could: one of them does, for together
 -- they cost more than they save. A document that the containment finds costs more than twice as much as one that an attribute finds, since the
--- key of its index is computed again. share: the share of documents that fulfil p_documents, known from the same sample.
-create or replace function pgshelf.one_index(p_library uuid, p_index jsonb, p_documents text, p_filter jsonb, out picked jsonb, out share float8)
+-- key of its index is computed again. Where many match, which of them leads matters little, and counting is not cheap. share: the share of
+-- documents that fulfil p_documents, known from the same sample.
+create or replace function pgshelf.one_index(p_library pgshelf.libraries, p_index jsonb, p_documents text, p_filter jsonb,
+  out picked jsonb, out share float8)
   stable language plpgsql
 as $$
 declare
   v_ranges text[];
   v_contained text;
+  v_documents float8;
   v_most int;
   v_counts bigint[];
 begin
@@ -533,28 +536,47 @@ begin
   end if;
   v_ranges := array(select r.key from jsonb_each(p_index -> 'ranges') r);
   v_contained := pgshelf.containment(p_index -> 'contained');
-  execute format('with s as materialized (%s), m as materialized (select greatest(300, 2 * s.contained)::int as most from s)
-      select s.share, m.most, array[%s] from s, m',
+  picked := p_index - 'ranges';
+  select s.share, s.number into share, v_documents from pgshelf.sampled(
     -- ids are random numbers: how far the sample reaches tells how many there are
-    pgshelf.document_sample(p_library, format('d.metadata operator(pg_catalog.@>) (select %s) and %s', v_contained, p_documents),
-      format(', count(*) filter (where d.metadata operator(pg_catalog.@>) (select %s))
-        * 4294967296.0::float8 / ((''x'' || left(max(d.id::text), 8))::bit(32)::bigint + 1) as contained', v_contained)),
-    (select string_agg(format('(select count(*) from (%s limit (select m.most from m)) x)',
-        pgshelf.attribute_set(p_library, r, p_index #> array['ranges', r])), ', ') from unnest(v_ranges) r))
-    into share, v_most, v_counts using null::int, p_filter;
-  select jsonb_build_object('ranges', jsonb_build_object(r.key, p_index #> array['ranges', r.key])) into picked
+    pgshelf.documents_sampled(p_library.id, format('d.metadata operator(pg_catalog.@>) (select %s) and %s', v_contained, p_documents),
+      format('count(*) filter (where d.metadata operator(pg_catalog.@>) (select %s))
+        * 4294967296.0::float8 / ((''x'' || left(max(d.id::text), 8))::bit(32)::bigint + 1)', v_contained)),
+    p_filter, pgshelf.few_of(p_library)) s;
+  if share >= 0.2 then
+    return;
+  end if;
+  v_most := greatest(300, 2 * v_documents);
+  execute format('select array[%s]', (select string_agg(format('(select count(*) from (%s limit $3) x)',
+      pgshelf.attribute_set(p_library.id, r, p_index #> array['ranges', r])), ', ') from unnest(v_ranges) r))
+    into v_counts using null::int, p_filter, v_most;
+  select p_index - 'ranges' - 'contained' || jsonb_build_object('ranges', jsonb_build_object(r.key, p_index #> array['ranges', r.key])) into picked
     from unnest(v_ranges, v_counts) r(key, documents) where r.documents < v_most order by r.documents limit 1;
-  picked := (p_index - 'ranges' - case when picked is null then '' else 'contained' end) || coalesce(picked, '{}');
+  picked := coalesce(picked, p_index - 'ranges');
 end $$;
 
--- The share of the documents of a library that fulfil a condition, estimated: ids are random, so the first documents in their order are a
--- random choice.
-create or replace function pgshelf.document_sample(p_library uuid, p_documents text, p_more text default '') returns text
+-- The first documents of a library in the order of their ids, $3 of them, a random choice since ids are random: the share that fulfils a
+-- condition, and one number more.
+create or replace function pgshelf.documents_sampled(p_library uuid, p_documents text, p_number text default 'null::float8') returns text
   stable language sql
 as $$
-  select format('select count(*) filter (where %s)::float8 / greatest(count(*), 1) as share%s
-    from (select d.* from pgshelf.documents d where d.library_id = %L order by d.id limit 200) d', p_documents, p_more, p_library)
+  select format('select count(*) filter (where %s)::float8 / greatest(count(*), 1) as share, %s
+    from (select d.* from pgshelf.documents d where d.library_id = %L order by d.id limit $3) d', p_documents, p_number, p_library)
 $$;
+
+-- The share that a sample finds, of $3 rows, with its other number: of as few rows as tell that less than p_few match (about four would
+-- if just p_few did, and one at most is found), or that half of all do, or else of 200.
+create or replace function pgshelf.sampled(p_sample text, p_filter jsonb, p_few float8, out share float8, out number float8)
+  stable language plpgsql
+as $$
+declare
+  v_rows int := least(greatest(ceil(4 / p_few), 50), 1000);
+begin
+  execute p_sample into share, number using null::int, p_filter, v_rows;
+  if v_rows < 200 and share > p_few / 4 and share < 0.5 then
+    execute p_sample into share, number using null::int, p_filter, 200;
+  end if;
+end $$;
 
 -- A filter as SQL. documents: what concerns documents alone, over d; chunks: what concerns chunks too, over c and d; both are never
 -- null. indexed and chunks_indexed: what an index finds, which is all that matches and sometimes more. share: about how many of the
@@ -574,7 +596,7 @@ begin
   v_all := pgshelf.compile_conjunction(p_library, p_filter, '{}', 0);
   documents := pgshelf.conjunction(v_all.documents);
   chunks := pgshelf.conjunction(v_all.chunks);
-  v_one := pgshelf.one_index(p_library.id, v_all.indexed, documents, p_filter);
+  v_one := pgshelf.one_index(p_library, v_all.indexed, documents, p_filter);
   share := v_one.share;
   indexed := pgshelf.index_condition(p_library.id, v_one.picked, false);
   if v_all.chunks_indexed <> '{}' then

@@ -123,6 +123,11 @@ begin
   return format('%s order by %s %s %s limit %s', v_from, v_key, pgshelf.index_operator(v_index, p_library.metric), v_target, p_reach);
 end $$;
 
+-- How many rows a shelf had when it was last analyzed; 1 if it never was.
+create or replace function pgshelf.known_rows(p_shelf int) returns float8
+  stable language sql set search_path = pg_catalog, pg_temp
+as $$ select greatest(c.reltuples, 1) from pg_class c where c.oid = to_regclass('pgshelf.chunks_s' || p_shelf) $$;
+
 -- The chunks nearest to $1 that fulfil the filter: CTEs, the last one `near` (id, document_id, ordinal, distance), at most $3 rows.
 -- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
@@ -139,16 +144,19 @@ declare
   v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance %s',
     pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, p_condition));
   v_chunks float8;
+  v_few float8;
+  v_looked float8;
   v_share float8;
   v_reach text;
 begin
   if not v_exactly and (v_filtered or v_index ->> 'type' = 'lsh') then
-    v_chunks := (select greatest(c.reltuples, 1) from pg_class c where c.oid = format('pgshelf.chunks_s%s', p_library.shelf)::regclass);
+    v_chunks := pgshelf.known_rows(p_library.shelf);
+    v_few := pgshelf.few(v_chunks, p_reach);
   end if;
   if not v_exactly and v_filtered then
-    v_share := pgshelf.matching_share(p_library, p_condition, p_filter, pgshelf.few(v_chunks, p_reach) / v_chunks);
+    select m.looked, m.share into v_looked, v_share from pgshelf.share_found(p_library, p_condition, p_filter, v_few) m;
   end if;
-  if v_exactly or v_share * v_chunks <= pgshelf.few(v_chunks, p_reach) then
+  if v_exactly or sqrt(v_looked * v_share) <= v_few then
     perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
     return format('near as materialized (%s order by distance, c.id limit $3)', v_exact);
   end if;
@@ -164,30 +172,43 @@ begin
 end $$;
 
 -- The share of a library that fulfils a filter, estimated from a sample of its documents, and of its chunks where the filter is about them
--- and the documents alone leave more than p_few. What is said of chunks alone is taken to be independent of the rest.
-create or replace function pgshelf.matching_share(p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_few float8) returns float8
+-- and the documents alone leave more than p_few. What is said of chunks alone is taken to be independent of the rest. looked: what an exact
+-- search looks at, as a share: all chunks of those documents, a third dearer where each is asked whether it matches, unless an index of
+-- chunks finds them.
+create or replace function pgshelf.share_found(
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_few float8, out looked float8, out share float8)
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_share float8 := case when p_condition.documents = 'true' then 1 else p_condition.share end;
-  v_chunks float8;
 begin
-  if v_share is null then
-    execute pgshelf.document_sample(p_library.id, p_condition.documents) into v_share using null::int, p_filter;
+  share := case when p_condition.documents = 'true' then 1 else p_condition.share end;
+  if share is null then
+    share := (pgshelf.sampled(pgshelf.documents_sampled(p_library.id, p_condition.documents), p_filter, p_few)).share;
   end if;
-  if p_condition.chunks = 'true' or v_share <= p_few then
-    return v_share;
+  looked := share;
+  if p_condition.chunks = 'true' then
+    return;
   end if;
-  execute format('select count(*) filter (where %s)::float8 / greatest(count(*), 1)
-    from (select c.* from pgshelf.chunks_s%s c order by c.id limit 200) c %s', p_condition.chunks, p_library.shelf,
-    case when p_condition.chunks ~ '\md\.' then 'join pgshelf.documents d on d.id = c.document_id' else '' end)
-    into v_chunks using null::int, p_filter;
-  return v_share * v_chunks;
+  looked := share * 1.33;
+  if looked > p_few then
+    share := share * (pgshelf.sampled(format('select count(*) filter (where %s)::float8 / greatest(count(*), 1), null::float8
+      from (select c.* from pgshelf.chunks_s%s c order by c.id limit $3) c %s', p_condition.chunks, p_library.shelf,
+      case when p_condition.chunks ~ '\md\.' then 'join pgshelf.documents d on d.id = c.document_id' else '' end), p_filter, p_few)).share;
+  end if;
+  if p_condition.documents = 'true' and p_condition.chunks_indexed <> 'true' then
+    looked := share;
+  end if;
 end $$;
 
--- How many matching chunks are looked at one by one rather than through the index. The fewer match the more steps a scan takes, and each
--- costs some ten times as much as looking at a chunk: both cost the same where share * chunks is about this (measured, 100,000 chunks: 9,000),
+-- The share up to which matching chunks are looked at one by one rather than through the index. The fewer match the more steps a scan takes,
+-- and each costs some ten times as much as looking at a chunk: both cost the same at about this share (measured, 100,000 chunks: 0.09),
 -- and looking misses nothing.
 create or replace function pgshelf.few(p_chunks float8, p_reach int) returns float8
   immutable parallel safe language sql
-  as $$ select sqrt(80.0::float8 * p_reach * p_chunks) $$;
+  as $$ select sqrt(80.0::float8 * p_reach / p_chunks) $$;
+
+-- The same for a library as it is, ten candidates wanted; where all are looked at anyway it is a large one.
+create or replace function pgshelf.few_of(p_library pgshelf.libraries) returns float8
+  stable language sql set search_path = pg_catalog, pg_temp
+as $$
+  select case when p_library.index_actual ->> 'type' = 'flat' then 0.3 else pgshelf.few(pgshelf.known_rows(p_library.shelf), 10) end
+$$;

@@ -158,13 +158,13 @@ def test_where_most_match_the_index_answers_alone(connection: Connection, librar
 def test_what_the_choice_costs_is_bounded(connection: Connection) -> None:
     """The way is chosen from a few documents, read in the order of an index, however many match."""
     row = connection.execute(
-        """select pgshelf.document_sample(l.id, (pgshelf.compile_filter(l, %s)).documents)
+        """select pgshelf.documents_sampled(l.id, (pgshelf.compile_filter(l, %s)).documents)
         from pgshelf.libraries l where l.name = 'halfvec'""",
         [Jsonb(MANY)],
     ).fetchone()
     assert row is not None
-    connection.execute(f"prepare sampling (int, jsonb) as {row[0]}".encode())
-    call = f"execute sampling (null, '{json.dumps(MANY)}')"
+    connection.execute(f"prepare sampling (int, jsonb, int) as {row[0]}".encode())
+    call = f"execute sampling (null, '{json.dumps(MANY)}', 200)"
     found = connection.execute(f"explain (analyze, format json) {call}".encode()).fetchone()
     share = connection.execute(call.encode()).fetchone()
     assert found is not None and share is not None
@@ -204,7 +204,7 @@ def test_where_few_match_all_are_looked_at(
 )
 def test_the_share_that_matches_is_estimated(connection: Connection, condition: dict[str, Any], share: float) -> None:
     row = connection.execute(
-        """select pgshelf.matching_share(l, pgshelf.compile_filter(l, %(filter)s), %(filter)s, 0.01)
+        """select (pgshelf.share_found(l, pgshelf.compile_filter(l, %(filter)s), %(filter)s, 0.01)).share
         from pgshelf.libraries l where l.name = 'halfvec'""",
         {"filter": Jsonb(condition)},
     ).fetchone()
@@ -237,6 +237,32 @@ def test_of_two_indexes_the_cheaper_finds_the_documents(
     found = plan(connection, "halfvec", condition)
     used = {node.get("Index Name") for node in nodes(branch(found, "near")) if node["Actual Loops"] > 0}
     assert used & {"attribute_values_num_idx", "documents_metadata_idx"} == {index}
+
+
+@pytest.mark.parametrize(
+    ("condition", "attribute"), [({"most": True, "number": {"$gte": 1}}, False), (BOTH_FEW, True), (BOTH_RARE, False)]
+)
+def test_attributes_are_counted_where_few_match(
+    connection: Connection, condition: dict[str, Any], attribute: bool
+) -> None:
+    """Where many do, the containment leads without a count: both ways lead to most of the library."""
+    row = connection.execute(
+        "select (pgshelf.compile_filter(l, %s)).indexed from pgshelf.libraries l where l.name = 'halfvec'",
+        [Jsonb(condition)],
+    ).fetchone()
+    assert row is not None
+    assert ("attribute_values" in row[0], "@>" in row[0]) == (attribute, not attribute)
+
+
+def test_a_sample_grows_until_it_tells(connection: Connection) -> None:
+    """Of a population whose first 50 have none, 1 in 20, or most: 50 rows tell the first and the last."""
+    sample = """select count(*) filter (where n %% %s = 0)::float8 / count(*), count(*)::float8
+        from generate_series(1, 1000) n where n <= $3"""
+    for every, few, rows in ((2000, 0.1, 50), (20, 0.1, 200), (20, 0.5, 50), (1, 0.1, 50), (20, 0.004, 1000)):
+        found = connection.execute(
+            "select number from pgshelf.sampled(%s, null, %s)", [sample.replace("%% %s", f"% {every}"), few]
+        ).fetchone()
+        assert found == (rows,), (every, few)
 
 
 def test_a_statement_for_few_finds_what_other_values_match(connection: Connection) -> None:
