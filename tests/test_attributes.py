@@ -17,6 +17,8 @@ from psycopg.types.json import Jsonb
 
 from tests.rest.asking import at, document, library, ok, problem, until
 
+pytestmark = pytest.mark.unwatched
+
 Connection = psycopg.Connection[Any]
 LIBRARY = uuid.UUID(int=1)
 Open = Callable[[], Connection]

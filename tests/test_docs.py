@@ -20,6 +20,8 @@ from pgshelf.errors import CODES
 from pgshelf.settings import PREFIX, Settings
 from tests.cohere_server import CohereServer
 
+pytestmark = pytest.mark.unwatched
+
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sql/README.md"]
 

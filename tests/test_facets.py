@@ -20,6 +20,8 @@ from tests.rest.asking import at, document, library, ok, problem
 from tests.test_filters import DOCUMENTS, LIBRARY, STATES, Connection, nodes, store
 from tests.test_sql_surface import logins
 
+pytestmark = pytest.mark.unwatched
+
 FACETS = ["year", "lang", "published", "nested.a", "tags", "a", "nested", "o'x", "tags.0", "$title", "$key", "$source"]
 
 
@@ -63,7 +65,6 @@ def counted(documents: list[Document], name: str) -> Counter[str]:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.unwatched
 def test_facets_are_what_the_documents_hold(connection: Connection, state: str) -> None:
     attributes, ready = STATES[state]
 

@@ -174,8 +174,10 @@ async def carry_out(settings: Settings, step: sessions.Step | None = None, pace:
             await step(name)
 
     async def move() -> None:
+        # the shelf that was left stays a while: what was found out a moment before may still read it
+        graceful = msgspec.structs.replace(pace, grace=1.0)
         while True:
-            await shelves.reconcile_all_async(settings, pace, tell)
+            await shelves.reconcile_all_async(settings, graceful, tell)
             await asyncio.sleep(0.01)
 
     async with engine_of(settings) as engine:

@@ -15,6 +15,8 @@ import pytest
 from psycopg import conninfo, sql
 from psycopg.types.json import Jsonb
 
+pytestmark = pytest.mark.unwatched
+
 Connection = psycopg.Connection[Any]
 AsRole = Callable[[str], Connection]
 ALL_PARTS = ["text", "metadata", "document", "embedding"]
