@@ -172,6 +172,29 @@ async def test_everything_of_a_chunk_moves_along(db: Connection, small: Settings
     assert claimed == [("waits",)], "what waits for its vector is found on the new shelf"
 
 
+async def test_without_a_second_connection_a_library_moves_all_the_same(
+    db: Connection, small: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = make_library(db)
+    fill(db, library, vectors(PROMOTE_AT))
+    connect = sessions.connect
+    opened: list[object] = []
+
+    async def one_only(settings: Settings) -> psycopg.AsyncConnection[Any]:
+        opened.append(settings)
+        if opened[1:]:
+            raise psycopg.OperationalError("sorry, too many clients already")
+        return await connect(settings)
+
+    monkeypatch.setattr(sessions, "connect", one_only)
+    monkeypatch.setattr(shelves, "connect", one_only)
+    await reconcile(small)
+    assert len(opened) == 2
+    assert state(db, library)["shelf"] > 0
+    assert texts(db, library) == expected(PROMOTE_AT)
+    check_tidy(db)
+
+
 async def test_the_worker_of_a_service_moves_libraries_by_itself(
     db: Connection, small: Settings, make_client: Any
 ) -> None:

@@ -91,7 +91,13 @@ class Moves:
 
     async def _copy_halves(self, library: UUID, to: int) -> None:
         """Copy to a new shelf, which is nobody else's, in two sessions: most of the time goes into finding words."""
-        async with self._session.beside() as other:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                other = await stack.enter_async_context(self._session.beside())
+            except psycopg.OperationalError as error:
+                log.info("library %s is copied in one session: %s", library, error)
+                await self._copy(self._session, library, to)
+                return
             half = asyncio.create_task(self._copy(other, library, to, after=MIDDLE))
             try:
                 await self._copy(self._session, library, to, until=MIDDLE)
