@@ -222,20 +222,24 @@ MakeClient = Callable[..., Awaitable[httpx2.AsyncClient]]
 @pytest.fixture
 async def make_client(request: pytest.FixtureRequest) -> AsyncIterator[MakeClient]:
     """Starts an application in this process: `await make_client(settings)` gives an HTTP client for it."""
-    from pgshelf.app import create_app
+    from tests import applications
 
+    made: list[tuple[Any, Any]] = []
     async with AsyncExitStack() as stack:
 
         async def make(settings: Any, **options: Any) -> httpx2.AsyncClient:
             watched = first_of_its_file(request, "application")
             with contextlib.nullcontext() if watched else unwatched(request.config):
-                app = create_app(settings)
+                app = applications.take(settings)
             await stack.enter_async_context(_lifespan(app))
+            made.append((app, settings))
             transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
             client = httpx2.AsyncClient(transport=transport, base_url="http://localhost", **options)
             return await stack.enter_async_context(client)
 
         yield make
+    for app, settings in made:
+        applications.give_back(app, settings)
 
 
 @pytest.fixture
