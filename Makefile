@@ -32,7 +32,7 @@ replicas: .venv/runtime.stamp ## a primary, two standbys and the service over th
 
 test: .venv/dev.stamp ## run the tests on a real PostgreSQL, with coverage
 	@echo "== pytest, coverage of service and sdk at least $(COVERAGE) %"
-	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(ARGS)
+	@$(PY) -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadgroup --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(ARGS)
 
 check: .venv/dev.stamp ## lint, format, types, import contracts, generated SDK
 	@echo "== ruff check"

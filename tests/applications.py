@@ -28,7 +28,9 @@ def take(settings: Settings) -> Litestar:
 
 
 def give_back(app: Litestar, settings: Settings) -> None:
-    """Keep an application whose lifespan is over for the next test with such settings."""
+    """Keep an application whose lifespan is over for the next test with such settings; none that knows replicas."""
+    if settings.replica_url:
+        return
     _free[_kind(settings)] = app
     while len(_free) > MOST:
         _free.popitem(last=False)

@@ -30,7 +30,7 @@ from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose,
 READY_SECONDS = 60.0
 CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
-_made: set[tuple[Path, str]] = set()  # which files of tests have made an application, or a server
+_made: set[Path] = set()  # files of tests that have made a server
 WATCHED = pytest.StashKey[bool]()
 WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
@@ -126,10 +126,10 @@ def unwatched(config: pytest.Config) -> Iterator[None]:
             os.environ[WATCHED_PROCESSES] = processes
 
 
-def first_of_its_file(request: pytest.FixtureRequest, kind: str) -> bool:
-    """Whether a file of tests makes an application, or a server, for the first time: that of each file is watched."""
-    known = (request.path, kind) in _made
-    _made.add((request.path, kind))
+def first_of_its_file(request: pytest.FixtureRequest) -> bool:
+    """Whether a file of tests makes a server for the first time: that of each file is watched."""
+    known = request.path in _made
+    _made.add(request.path)
     return not known
 
 
@@ -220,7 +220,7 @@ MakeClient = Callable[..., Awaitable[httpx2.AsyncClient]]
 
 
 @pytest.fixture
-async def make_client(request: pytest.FixtureRequest) -> AsyncIterator[MakeClient]:
+async def make_client() -> AsyncIterator[MakeClient]:
     """Starts an application in this process: `await make_client(settings)` gives an HTTP client for it."""
     from tests import applications
 
@@ -228,9 +228,7 @@ async def make_client(request: pytest.FixtureRequest) -> AsyncIterator[MakeClien
     async with AsyncExitStack() as stack:
 
         async def make(settings: Any, **options: Any) -> httpx2.AsyncClient:
-            watched = first_of_its_file(request, "application")
-            with contextlib.nullcontext() if watched else unwatched(request.config):
-                app = applications.take(settings)
+            app = applications.take(settings)
             await stack.enter_async_context(_lifespan(app))
             made.append((app, settings))
             transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
@@ -379,7 +377,7 @@ def _live_servers(tmp_path: Path, request: pytest.FixtureRequest | None = None) 
     def watched() -> bool:
         if request is None or request.node.get_closest_marker("watched"):
             return True
-        return first_of_its_file(request, "server")
+        return first_of_its_file(request)
 
     def make(url: str | None, *arguments: str, wait: bool = True, port: int = 0, **environment: str) -> LiveServer:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
