@@ -28,8 +28,11 @@ def take(settings: Settings) -> Litestar:
 
 
 def give_back(app: Litestar, settings: Settings) -> None:
-    """Keep an application whose lifespan is over for the next test with such settings; none that knows replicas."""
-    if settings.replica_url:
+    """Keep an application whose lifespan is over for the next test with such settings.
+
+    None that traces, for its edge holds on to the traces that are closed by then, and none that knows replicas.
+    """
+    if settings.tracing or settings.replica_url:
         return
     _free[_kind(settings)] = app
     while len(_free) > MOST:
