@@ -283,7 +283,7 @@ begin
         array_agg(y.query order by y.weight desc) filter (where not y.chosen) as others,
         array_agg(y.weight * 2.2::float8 order by y.weight desc) filter (where not y.chosen) as most
       from (select b.*, querytree(v_typed.required) not in ('', 'T') is true or b.before < 1.5 * p_reach / p_share
-          or b.before + b.chunks <= greatest(200 * b.words / sqrt(p_share), 3 * p_reach / p_share) as chosen
+          or b.before + b.chunks <= greatest(100 * b.words / sqrt(p_share), 3 * p_reach / p_share) as chosen
         from (select w.*, count(*) over () as words, sum(w.chunks) over (order by w.chunks, w.lexeme collate "C", w.prefix) - w.chunks as before
           from w) b) y)
     select f.*, mean, coalesce(x.first && v_typed.required, x.first), coalesce(x.every && v_typed.required, x.every),

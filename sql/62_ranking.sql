@@ -178,7 +178,7 @@ create or replace function pgshelf.reach(p_mode text, p_wanted int, p_grouped bo
 as $$
   select case
     when p_lambda is not null then greatest(p_wanted, coalesce(p_candidates, 5 * p_wanted))
-    when p_mode = 'hybrid' then greatest(p_wanted, coalesce(p_candidates, 100 * ceil(p_wanted / 50.0)::int))
+    when p_mode = 'hybrid' then greatest(p_wanted, coalesce(p_candidates, 50 * ceil(p_wanted / 25.0)::int))
     when p_grouped then 4 * p_wanted * p_group_size
     else p_wanted end
 $$;
@@ -220,6 +220,8 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search.library);
   v_statement text;
   v_reach int;
+  v_common boolean := search.filter is null and search.exact is not true and search.ef_search is null and search.group_by is null
+    and search.mmr_lambda is null;
 begin
   perform pgshelf.check_search(search.k, search.offset, search.group_by, search.group_size, search.mmr_lambda, search.mmr_candidates, search.ef_search);
   if search.embedding is null then
@@ -233,8 +235,8 @@ begin
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach), 'vector',
       v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
-  return query execute v_statement using search.embedding, search.filter, v_reach, null::text, search.max_distance, search.min_score, search.include,
-    search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda;
+  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, search.embedding, search.filter, v_reach, null::text,
+    search.max_distance, search.min_score, search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
 end $$;
 
 -- The chunks of a library that hold words of a query, best first by BM25.
@@ -251,6 +253,7 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search_text.library);
   v_statement text;
   v_reach int;
+  v_common boolean := search_text.filter is null and search_text.group_by is null and search_text.mmr_lambda is null;
 begin
   perform pgshelf.check_search(search_text.k, search_text.offset, search_text.group_by, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates, null);
@@ -260,14 +263,15 @@ begin
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates);
   v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
-    search_text.mmr_lambda is not null, v_reach, false, search_text.query);
+    search_text.mmr_lambda is not null, v_reach, false, case when v_common and v_library.shelf <> 0 then null else search_text.query end);
   if search_text.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach,
       search_text.query), 'text',
       v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}');
   end if;
-  return query execute v_statement using null::@vector@.vector, search_text.filter, v_reach, search_text.query, null::float8, search_text.min_score,
-    search_text.include, search_text.k, search_text.offset, 60, '{1,1}'::float8[], search_text.group_size, search_text.mmr_lambda;
+  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, null::@vector@.vector, search_text.filter, v_reach,
+    search_text.query, null::float8, search_text.min_score, search_text.include, search_text.k, search_text.offset, 60, '{1,1}'::float8[],
+    search_text.group_size, search_text.mmr_lambda) f;
 end $$;
 
 -- Both at once, in one statement and one snapshot: the nearest chunks and those that hold the words, fused.
@@ -287,6 +291,8 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search_hybrid.library);
   v_statement text;
   v_reach int;
+  v_common boolean := search_hybrid.filter is null and search_hybrid.exact is not true and search_hybrid.ef_search is null
+    and search_hybrid.fusion = 'rrf' and search_hybrid.group_by is null and search_hybrid.mmr_lambda is null;
 begin
   perform pgshelf.check_search(search_hybrid.k, search_hybrid.offset, search_hybrid.group_by, search_hybrid.group_size, search_hybrid.mmr_lambda,
     coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates), search_hybrid.ef_search);
@@ -299,15 +305,16 @@ begin
   v_reach := greatest(pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     search_hybrid.mmr_lambda, coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates)), search_hybrid.candidates);
   v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
-    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false, search_hybrid.query);
+    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false,
+    case when v_common and v_library.shelf <> 0 then null else search_hybrid.query end);
   if search_hybrid.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
       search_hybrid.ef_search, search_hybrid.fusion, v_reach, search_hybrid.query), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
       search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
   end if;
-  return query execute v_statement using search_hybrid.embedding, search_hybrid.filter, v_reach, search_hybrid.query, search_hybrid.max_distance,
-    search_hybrid.min_score, search_hybrid.include, search_hybrid.k, search_hybrid.offset, search_hybrid.fusion_k, search_hybrid.weights,
-    search_hybrid.group_size, search_hybrid.mmr_lambda;
+  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, search_hybrid.embedding, search_hybrid.filter, v_reach,
+    search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.include, search_hybrid.k, search_hybrid.offset,
+    search_hybrid.fusion_k, search_hybrid.weights, search_hybrid.group_size, search_hybrid.mmr_lambda) f;
 end $$;
 
 -- What fusion may be.

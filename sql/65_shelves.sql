@@ -735,13 +735,14 @@ begin
   return v_rows;
 end $$;
 
--- Forgets planes whose index is gone, and retired shelves whose table is. Ask only while holding the lock of builds.
+-- Forgets planes whose index is gone, and retired shelves and kept statements whose table is. Ask only while holding the lock of builds.
 create or replace function pgshelf.forget_lost() returns void
   volatile language sql set search_path = pg_catalog, pg_temp
 as $$
   delete from pgshelf.planes p where p.serial not in (select substring(c.relname from '_v(\d+)$')::int from pg_class c
     where c.relnamespace = 'pgshelf'::regnamespace and c.relname ~ '^chunks_s\d{1,9}_v\d{1,9}$');
   delete from pgshelf.retired_shelves r where to_regclass('pgshelf.chunks_s' || r.shelf) is null;
+  select pgshelf.forget_kept();
 $$;
 
 -- Libraries that live elsewhere and have rows on shelf 0: one probe of the primary key for each.

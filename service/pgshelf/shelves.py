@@ -37,6 +37,13 @@ from (select %s::int as promote_at) s, pgshelf.libraries l
 cross join lateral pgshelf.index_task(l, pgshelf.rows_that_matter(l, s.promote_at), s.promote_at) t
 where l.id = %s
 """
+# Libraries on shelves of their own for which no statement is kept (sql/64_kept_statements.sql).
+KEEPING_DUE = """
+select l.id from pgshelf.libraries l where l.shelf <> 0 and l.deleted_at is null and l.shelf not in (
+  select substring(p.proname from '^kept_s(\\d+)_')::int from pg_catalog.pg_proc p
+  where p.pronamespace = 'pgshelf'::regnamespace and p.proname ~ '^kept_s\\d+_')
+order by l.id limit %s
+"""
 
 
 class Shelves:
@@ -97,7 +104,7 @@ class Shelves:
             wait = min(300.0, self._session.pace.retry * 2.0 ** min(attempts, 10))
             await self._session.run("select pgshelf.index_attempt(%s, make_interval(secs => %s))", library, wait)
             if task == "build":
-                work = self._builds.rebuild(library, shelf, target, wish)
+                work = self._rebuild(library, shelf, target, wish)
             else:
                 work = self._move(library, target, wish, change)
             return await self._attempt(library, task, work, wait)
@@ -125,18 +132,26 @@ class Shelves:
         await self._moves.move(library, target, wish, change)
         await self._words(library)
 
+    async def _rebuild(self, library: UUID, shelf: int, target: Index, wish: Index) -> None:
+        await self._builds.rebuild(library, shelf, target, wish)
+        await self._prepare(library, "keep_statements")
+
     async def _words(self, library: UUID) -> None:
-        """Count the words of a library anew; search does without when that fails."""
-        [(known,)] = await self._session.rows("select to_regprocedure('pgshelf.refresh_words(uuid)') is not null")
-        if not known:
+        """Count the words of a library anew, and look whether its statements are those that are kept."""
+        await self._prepare(library, "refresh_words")
+        await self._prepare(library, "keep_statements")
+        await self._session.step("counted")
+
+    async def _prepare(self, library: UUID, function: str) -> None:
+        """Call a function of sql/ that makes searches faster; they do without when it fails, or is not there yet."""
+        if not (await self._session.rows("select to_regproc(%s) is not null", f"pgshelf.{function}"))[0][0]:
             return
         try:
-            await self._session.run("select pgshelf.refresh_words(%s)", library)
+            await self._session.run(f"select pgshelf.{function}(%s)", library)
         except psycopg.Error as error:
             if self._session.connection.closed:
                 raise
-            log.warning("counting the words of library %s failed: %s", library, error)
-        await self._session.step("counted")
+            log.warning("%s of library %s failed: %s", function, library, error)
 
     async def sweep(self) -> bool:
         """Clear away what dead sessions and deleted libraries left, one session at a time. Was there something?"""
@@ -152,6 +167,8 @@ class Shelves:
                     found = await self._builds.sweep() or found
             for (library,) in await self._session.rows("select pgshelf.words_due(%s)", 3):
                 await self._words(library)
+            for (library,) in await self._session.rows(KEEPING_DUE, 100):
+                await self._prepare(library, "keep_statements")
             return found
 
 

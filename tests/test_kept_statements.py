@@ -1,0 +1,208 @@
+"""The common searches of a library are functions whose plans PostgreSQL keeps: which, when they are used, and that a
+search finds the same without them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any, LiteralString
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from pgshelf import migrate
+from pgshelf.settings import Settings
+from tests.shelving import PROMOTE_AT, Connection, fill, literal, make_library, reconcile, state, vectors, want
+
+pytestmark = pytest.mark.unwatched  # it asks PostgreSQL, and the service hardly
+
+HNSW = {"type": "hnsw", "m": 4, "ef_construction": 16}
+VECTOR = literal(vectors(1, seed=7)[0])
+NAMES = (
+    "select proname from pg_proc where pronamespace = 'pgshelf'::regnamespace and proname ~ '^kept_s[0-9]+_' order by 1"
+)
+FOUND = "s.chunk_id, s.key, s.ordinal, s.score, s.distance, s.text, s.metadata, s.title, s.document_metadata"
+COMMON: dict[str, LiteralString] = {
+    "vector": "pgshelf.search('notes', %(vector)s::text::{vector})",
+    "more": "pgshelf.search('notes', %(vector)s::text::{vector}, k => 30, \"offset\" => 5, max_distance => 1.2)",
+    "words": "pgshelf.search_text('notes', 'text 7 8 11 13 21 34')",
+    "many words": "pgshelf.search_text('notes', 'text 7 8 11 13 21 34 40 41 42 43 44 te* -9')",
+    "both": "pgshelf.search_hybrid('notes', 'text 7 8', %(vector)s::text::{vector}, min_score => 0.01)",
+}
+SPECIAL: dict[str, LiteralString] = {
+    "filter": "pgshelf.search('notes', %(vector)s::text::{vector}, filter => '{{\"chunk.$ordinal\": 1}}')",
+    "exact": "pgshelf.search('notes', %(vector)s::text::{vector}, exact => true)",
+    "ef": "pgshelf.search('notes', %(vector)s::text::{vector}, ef_search => 90)",
+    "grouped": "pgshelf.search('notes', %(vector)s::text::{vector}, group_by => 'document')",
+    "mmr": "pgshelf.search_hybrid('notes', 'text 7 8', %(vector)s::text::{vector}, mmr_lambda => 0.4)",
+    "weighted": "pgshelf.search_hybrid('notes', 'text 7 8', %(vector)s::text::{vector}, fusion => 'weighted')",
+}
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Connection]:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def library(db: Connection, database_url: str) -> UUID:
+    """On a shelf of its own, with a graph."""
+    made = make_library(db, index=HNSW)
+    fill(db, made, vectors(120))
+    reconciled(database_url)
+    return made
+
+
+def reconciled(url: str) -> None:
+    asyncio.run(reconcile(Settings(database_url=url, promote_at=PROMOTE_AT)))
+
+
+def kept(db: Connection) -> list[str]:
+    return [name for (name,) in db.execute(NAMES).fetchall()]
+
+
+def calls(url: str, vector_schema: str, search: LiteralString) -> tuple[list[tuple[Any, ...]], int]:
+    """What a search finds in a session of its own, asked twice, and how often a kept statement ran for it."""
+    with psycopg.connect(url, autocommit=True) as session:
+        session.execute("set track_functions = 'pl'")
+        statement = f"select {FOUND} from {search.format(vector=vector_schema + '.vector')} s".encode()
+        found = session.execute(statement, {"vector": VECTOR}).fetchall()
+        assert session.execute(statement, {"vector": VECTOR}).fetchall() == found
+        session.execute("select pg_stat_force_next_flush()")
+        row = session.execute(
+            "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname ~ '^kept_s[0-9]+_'"
+        ).fetchone()
+        assert row
+        session.execute("select pg_stat_reset()")
+        return found, int(row[0])
+
+
+@pytest.mark.parametrize("search", COMMON, ids=str)
+def test_common_searches_keep_their_plans_and_find_the_same(
+    db: Connection, database_url: str, library: UUID, vector_schema: str, search: str
+) -> None:
+    assert len(kept(db)) == 3
+    found, times = calls(database_url, vector_schema, COMMON[search])
+    assert (len(found) >= 8, times) == (True, 2)
+    for name in kept(db):
+        db.execute(f"drop function pgshelf.{name}".encode())
+    assert calls(database_url, vector_schema, COMMON[search]) == (found, 0)
+
+
+@pytest.mark.parametrize("search", SPECIAL, ids=str)
+def test_special_wishes_are_planned_as_they_come(
+    database_url: str, library: UUID, vector_schema: str, search: str
+) -> None:
+    found, times = calls(database_url, vector_schema, SPECIAL[search])
+    assert (len(found) >= 8, times) == (True, 0)
+
+
+def test_another_index_has_other_statements(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    before = kept(db)
+    want(db, library, HNSW | {"storage": "vector"})
+    reconciled(database_url)
+    after = kept(db)
+    assert len(after) == 3
+    assert len(set(after) & set(before)) == 1  # that by words
+    assert calls(database_url, vector_schema, COMMON["vector"])[1] == 2
+    want(db, library, {"type": "flat"})
+    reconciled(database_url)
+    assert len(kept(db)) == 1
+    assert calls(database_url, vector_schema, COMMON["vector"])[1] == 0
+    assert calls(database_url, vector_schema, COMMON["words"])[1] == 2
+
+
+def test_an_index_that_changed_a_moment_ago_is_searched_by_its_own_statement(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    db.execute('update pgshelf.libraries set index_actual = index_actual || \'{"type": "flat"}\'')
+    found, times = calls(database_url, vector_schema, COMMON["vector"])
+    assert times == 0
+    assert found == calls(database_url, vector_schema, SPECIAL["exact"])[0]
+
+
+def test_what_is_dropped_in_between_does_no_harm(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    """Between looking for the function and calling it, it may be gone; here it says so when it is called."""
+    search = COMMON["both"]
+    found, _ = calls(database_url, vector_schema, search)
+    for name in kept(db):
+        db.execute(
+            f"""do $$ begin execute (select replace(pg_get_functiondef(p.oid), p.prosrc,
+              'begin perform pgshelf.gone(); end') from pg_proc p where p.proname = '{name}'); end $$""".encode()
+        )
+    with pytest.raises(psycopg.errors.UndefinedFunction):
+        db.execute(f"select pgshelf.{kept(db)[0]}({', '.join(['null'] * 13)})".encode())
+    assert calls(database_url, vector_schema, search)[0] == found
+
+
+def test_a_session_keeps_no_more_than_it_should(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as session:
+        session.execute("set track_functions = 'pl'")
+        search = COMMON["vector"].format(vector=vector_schema + ".vector")
+        session.execute("select set_config('pgshelf.kept', repeat('x', 4000), false)")
+        assert len(session.execute(f"select * from {search}".encode(), {"vector": VECTOR}).fetchall()) == 10
+        session.execute("select pg_stat_force_next_flush()")
+        assert session.execute("select from pg_stat_user_functions where funcname ~ '^kept_s'").fetchall() == []
+
+
+def test_a_shelf_that_goes_takes_its_statements_along(db: Connection, database_url: str, library: UUID) -> None:
+    shelf = state(db, library)["shelf"]
+    db.execute("select pgshelf.delete_library(%s)", [str(library)])
+    reconciled(database_url)
+    assert db.execute("select to_regclass('pgshelf.chunks_s' || %s)", [shelf]).fetchone() == (None,)
+    assert kept(db) == []
+
+
+def test_a_migration_drops_them_and_the_next_round_makes_them(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    names = kept(db)
+    migrate.upgrade(database_url, vector_schema=vector_schema)
+    assert kept(db) == []
+    assert calls(database_url, vector_schema, COMMON["words"])[1] == 0
+    reconciled(database_url)
+    assert kept(db) == names
+
+
+def test_nobody_else_may_call_them(db: Connection, library: UUID) -> None:
+    public = db.execute(
+        """select from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+        where p.proname ~ '^kept_s[0-9]' and a.grantee <> p.proowner"""
+    ).fetchall()
+    assert public == []
+
+
+def test_plans_do_without_the_values(db: Connection, library: UUID, vector_schema: str) -> None:
+    """A kept plan knows neither k nor the vector; it goes by the index all the same."""
+    db.execute(f'set search_path = pg_catalog, "{vector_schema}"'.encode())
+    body = db.execute(
+        "select substring(p.prosrc from 'return query (.*); end') from pg_proc p where p.prosrc ~ 'CTE|nearest' "
+        "and p.prosrc !~ 'w_plan' and p.proname ~ '^kept_s[0-9]'"
+    ).fetchone()
+    assert body
+    types = "vector, jsonb, int, text, float8, float8, text[], int, int, int, float8[], int, float8"
+    db.execute("set plan_cache_mode = force_generic_plan")
+    db.execute(f"prepare kept ({types}) as {body[0]}".encode())
+    given = f"'{VECTOR}', null, 10, null, null, null, '{{text}}', 10, 0, 60, '{{1,1}}', 1, null"
+    found = db.execute(f"explain (analyze, format json) execute kept ({given})".encode()).fetchone()
+    assert found
+    scanned = str(found[0])
+    shelf, serial = state(db, library)["shelf"], state(db, library)["index_actual"]["serial"]
+    assert f"chunks_s{shelf}_v{serial}" in scanned
+
+
+def test_small_libraries_have_none(db: Connection, database_url: str) -> None:
+    made = make_library(db)
+    fill(db, made, vectors(10))
+    reconciled(database_url)
+    assert kept(db) == []
+    assert db.execute("select pgshelf.keep_statements(%s)", [made]).fetchone() == ("",)
+    assert kept(db) == []
