@@ -180,25 +180,6 @@ def test_nobody_else_may_call_them(db: Connection, library: UUID) -> None:
     assert public == []
 
 
-def test_plans_do_without_the_values(db: Connection, library: UUID, vector_schema: str) -> None:
-    """A kept plan knows neither k nor the vector; it goes by the index all the same."""
-    db.execute(f'set search_path = pg_catalog, "{vector_schema}"'.encode())
-    body = db.execute(
-        "select substring(p.prosrc from 'return query (.*); end') from pg_proc p where p.prosrc ~ 'CTE|nearest' "
-        "and p.prosrc !~ 'w_plan' and p.proname ~ '^kept_s[0-9]'"
-    ).fetchone()
-    assert body
-    types = "vector, jsonb, int, text, float8, float8, text[], int, int, int, float8[], int, float8"
-    db.execute("set plan_cache_mode = force_generic_plan")
-    db.execute(f"prepare kept ({types}) as {body[0]}".encode())
-    given = f"'{VECTOR}', null, 10, null, null, null, '{{text}}', 10, 0, 60, '{{1,1}}', 1, null"
-    found = db.execute(f"explain (analyze, format json) execute kept ({given})".encode()).fetchone()
-    assert found
-    scanned = str(found[0])
-    shelf, serial = state(db, library)["shelf"], state(db, library)["index_actual"]["serial"]
-    assert f"chunks_s{shelf}_v{serial}" in scanned
-
-
 def test_small_libraries_have_none(db: Connection, database_url: str) -> None:
     made = make_library(db)
     fill(db, made, vectors(10))

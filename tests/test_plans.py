@@ -285,6 +285,35 @@ def test_a_statement_for_few_finds_what_other_values_match(connection: Connectio
         assert len({row[0] for row in kept} & {row[0] for row in true}) >= 0.9 * len(true)
 
 
+@pytest.mark.parametrize("library", INDEXED)
+def test_plans_that_are_kept_go_by_the_index(connection: Connection, library: str) -> None:
+    """They are made without knowing k or the vector; where codes are compared none is kept, for they depend on it."""
+    shelf = vector_index(connection, library).split("_v")[0].removeprefix("chunks_")
+    bodies = connection.execute(
+        """select substring(p.prosrc from 'return query (.*); end'), p.proconfig from pg_proc p
+        where starts_with(p.proname, %s) and p.prosrc ~ 'nearest'""",
+        [f"kept_{shelf}_"],
+    ).fetchall()
+    assert len(bodies) == (2 if library in ("halfvec", "vector", "ivfflat") else 0)  # by vector, and both
+    for statement, settings in bodies:
+        with connection.transaction():
+            for setting in [*settings, "plan_cache_mode=force_generic_plan"]:
+                name, _, value = setting.partition("=")
+                connection.execute(f"set local {name} = {value}".encode())
+            connection.execute(f"prepare of_function ({TYPES}) as {statement}".encode())
+            given = "'[0.1,0.2,-0.3,0.4]', null, 10, 'word1', null, null, '{text}', 10, 0, 60, '{1,1}', 1, null"
+            row = connection.execute(
+                f"explain (analyze, format json) execute of_function ({given})".encode()
+            ).fetchone()
+            connection.execute("deallocate of_function")
+        assert row is not None
+        found = row[0][0]["Plan"]
+        assert {node.get("Index Name") for node in ran(branch(found, "nearest"), "chunks_s")} == {
+            vector_index(connection, library)
+        }
+        assert ran(branch(found, "exact"), "chunks_s") == []
+
+
 def test_a_flat_library_has_one_branch(connection: Connection) -> None:
     for library in ("flat", "shared"):
         for condition in (None, MANY, FEW):
