@@ -3,7 +3,7 @@
 -- The library of a name or an id, if the caller was granted it; PS001 alike when it was not and when there is none. Everything that
 -- people may call about a library begins here.
 create or replace function pgshelf.library_named(p_library text, p_access text default 'read') returns pgshelf.libraries
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries;
@@ -23,7 +23,7 @@ end $$;
 -- Every writer of chunks begins here, but for the worker's claim. The order is always: advisory lock of the library (shared), row of the library
 -- (for key share), row of the document. A promotion takes the first two exclusively and so fences all writers out.
 create or replace function pgshelf.lock_library(p_library uuid) returns pgshelf.libraries
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries;

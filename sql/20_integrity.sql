@@ -4,7 +4,7 @@
 -- Fires for every shelf, and for every row: that it plans once, and asks again only about a vector that looks wrong, halves what
 -- a row costs in a session that plans each statement anew.
 create or replace function pgshelf.chunk_written() returns trigger
-  language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+  language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_dimension int;
@@ -81,7 +81,7 @@ end $$;
 
 -- Deleting documents deletes their chunks, by the literal name of the library's shelf: no other partition is touched.
 create or replace function pgshelf.documents_deleted() returns trigger
-  language plpgsql set search_path = pg_catalog, pg_temp
+  language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_gone record;

@@ -26,7 +26,7 @@ end $$;
 -- written one after the other, for writers hold its row until they commit. p_wait waits a moment for another that does the same, so
 -- that what was committed before the call has its position afterwards. Made for transactions of its own: the lock lasts as long.
 create or replace function pgshelf.stamp_changes(p_library uuid, p_wait boolean, p_limit int default 5000) returns int
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_timeout text := current_setting('lock_timeout');
@@ -64,7 +64,7 @@ end $$;
 
 -- Stamps what is committed, whichever library it is of, some thousand changes at a time; tells how many.
 create or replace function pgshelf.stamp_all_changes(p_limit int default 5000) returns int
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library uuid;

@@ -8,7 +8,7 @@ create or replace function pgshelf.write_documents(
   p_library uuid, p_places int[], p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
   p_of int[], p_ordinals int[], p_texts text[], p_embeddings @vector@.vector[], p_chunk_metadata jsonb[])
   returns table (n int, document_id uuid, created boolean, pending int)
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -38,78 +38,56 @@ begin
     into v_ids, v_new, v_fresh, v_replaced
     -- no key looks like an id
     from given g join written w on coalesce(w.key, w.id::text) = coalesce(g.key, g.id::text);
-  if v_replaced is null then
-    perform pgshelf.insert_chunks(v_library, v_ids, p_of, p_ordinals, p_texts, p_embeddings, p_chunk_metadata);
-  else
-    perform pgshelf.replace_chunks(v_library, v_ids, p_of, p_ordinals, p_texts, p_embeddings, p_chunk_metadata);
-  end if;
-  if v_replaced is null and array_position(p_embeddings, null) is null and p_embeddings is not null then
-    return query select u.n::int, u.id, u.created, 0 from unnest(v_ids, v_new) with ordinality u(id, created, n);
-  else
-    return query select u.n::int, u.id, u.created, p.pending from unnest(v_ids, v_new) with ordinality u(id, created, n)
-      join pgshelf.pending_of(v_library, v_ids) p on p.document_id = u.id;
-  end if;
+  return query select u.n::int, u.id, u.created, coalesce(c.pending, 0) from unnest(v_ids, v_new) with ordinality u(id, created, n)
+    left join pgshelf.put_chunks(v_library, v_ids, v_replaced is null, p_of, p_ordinals, p_texts, p_embeddings, p_chunk_metadata) c
+      on c.document_id = u.id;
   perform pgshelf.documents_written(v_library, v_ids);
 end $$;
 
--- Inserts the chunks of documents that have none.
-create or replace function pgshelf.insert_chunks(p_library pgshelf.libraries, p_documents uuid[], p_of int[], p_ordinals int[],
-  p_texts text[], p_embeddings @vector@.vector[], p_metadata jsonb[]) returns void
+-- Makes the chunks of documents what the arrays say; of none that is p_new there are any. A chunk whose text stays keeps its id and, unless
+-- another vector is given, its embedding: what stays in its place is left alone; what goes is kept at hand, so that a text that only moved
+-- keeps its vector. Tells of each document that got chunks how many of them lack a vector (of those that stay none does); PS013 where
+-- nobody would ever make one.
+create or replace function pgshelf.put_chunks(p_library pgshelf.libraries, p_documents uuid[], p_new boolean, p_of int[], p_ordinals int[],
+  p_texts text[], p_embeddings @vector@.vector[], p_metadata jsonb[]) returns table (document_id uuid, pending int)
   volatile language plpgsql set search_path = pg_catalog, pg_temp
-as $$
-begin
-  execute format($sql$
-    insert into pgshelf.chunks_s%s (shelf, place, library_id, document_id, ordinal, text, metadata, embedding, language)
-    select $1, d.place, $2, d.id, u.ordinal, u.text, coalesce(u.metadata, '{}'), u.embedding, $3
-    from unnest($4, $5, $6, $7, $8) u(n, ordinal, text, embedding, metadata)
-    join (select x.n, x.id, pgshelf.place_of($2, x.id, $9) as place from unnest($10) with ordinality x(id, n)) d on d.n = u.n $sql$,
-    p_library.shelf) using p_library.shelf, p_library.id, p_library.language, p_of, p_ordinals, p_texts, p_embeddings, p_metadata,
-    p_library.fanout, p_documents;
-end $$;
-
--- Makes the chunks of documents what the arrays say. A chunk whose text stays keeps its id and, unless another vector is given, its
--- embedding: what stays in its place is left alone; what goes is kept at hand, so that a text that only moved keeps its vector.
-create or replace function pgshelf.replace_chunks(p_library pgshelf.libraries, p_documents uuid[], p_of int[], p_ordinals int[],
-  p_texts text[], p_embeddings @vector@.vector[], p_metadata jsonb[]) returns void
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_table text := 'pgshelf.chunks_s' || p_library.shelf;
-  v_old pgshelf.chunks[];
-begin
-  execute format($sql$
-    with wanted as materialized (select d.id as document_id, u.ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata
-      from unnest($3, $4, $5, $6, $7) u(n, ordinal, text, embedding, metadata) join unnest($2) with ordinality d(id, n) on d.n = u.n),
-    gone as (delete from %1$s c where c.library_id = $1 and c.document_id = any ($2) and not exists (select 1 from wanted w
-      where w.document_id = c.document_id and w.ordinal = c.ordinal and w.text = c.text and w.metadata = c.metadata
-        and c.embedding is not null and (w.embedding is null or w.embedding %2$s c.embedding))
-      returning c::pgshelf.chunks as chunk)
-    select array_agg(gone.chunk) from gone $sql$, v_table, 'operator(@vector_ident@.=)')
-    into v_old using p_library.id, p_documents, p_of, p_ordinals, p_texts, p_embeddings, p_metadata;
-  execute format($sql$
-    insert into %s (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding, language)
-    select $8, d.place, $1, w.document_id, w.ordinal, coalesce(o.id, gen_random_uuid()), w.text, w.metadata,
-      coalesce(w.embedding, o.embedding), $9
-    from (select d.id as document_id, u.ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata,
-            row_number() over (partition by d.id, u.text order by u.ordinal) as nth
-          from unnest($3, $4, $5, $6, $7) u(n, ordinal, text, embedding, metadata) join unnest($2) with ordinality d(id, n) on d.n = u.n
-          where not exists (select 1 from %1$s c where c.library_id = $1 and c.document_id = d.id and c.ordinal = u.ordinal)) w
-    join (select x.id, pgshelf.place_of($1, x.id, $11) as place from unnest($2) x(id)) d on d.id = w.document_id
-    left join (select x.*, row_number() over (partition by x.document_id, x.text order by x.ordinal) as nth
-               from unnest($10) x) o on o.document_id = w.document_id and o.text = w.text and o.nth = w.nth $sql$, v_table)
-    using p_library.id, p_documents, p_of, p_ordinals, p_texts, p_embeddings, p_metadata, p_library.shelf, p_library.language, v_old,
-      p_library.fanout;
-end $$;
-
--- How many chunks of each document lack a vector; PS013 where nobody would ever make one.
-create or replace function pgshelf.pending_of(p_library pgshelf.libraries, p_documents uuid[]) returns table (document_id uuid, pending int)
-  stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_table text := 'pgshelf.chunks_s' || p_library.shelf;
+  v_chunks text;
+  v_old pgshelf.chunks[];
 begin
+  if p_new then
+    v_chunks := $sql$select $1, d.place, $2, d.id, u.ordinal, gen_random_uuid(), u.text, coalesce(u.metadata, '{}'), u.embedding, $3
+      from unnest($4, $5, $6, $7, $8) u(n, ordinal, text, embedding, metadata)
+      join (select x.n, x.id, pgshelf.place_of($2, x.id, $9) as place from unnest($10) with ordinality x(id, n)) d on d.n = u.n$sql$;
+  else
+    execute format($sql$
+      with wanted as materialized (select d.id as document_id, u.ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata
+        from unnest($3, $4, $5, $6, $7) u(n, ordinal, text, embedding, metadata) join unnest($2) with ordinality d(id, n) on d.n = u.n),
+      gone as (delete from %1$s c where c.library_id = $1 and c.document_id = any ($2) and not exists (select 1 from wanted w
+        where w.document_id = c.document_id and w.ordinal = c.ordinal and w.text = c.text and w.metadata = c.metadata
+          and c.embedding is not null and (w.embedding is null or w.embedding %2$s c.embedding))
+        returning c::pgshelf.chunks as chunk)
+      select array_agg(gone.chunk) from gone $sql$, v_table, 'operator(@vector_ident@.=)')
+      into v_old using p_library.id, p_documents, p_of, p_ordinals, p_texts, p_embeddings, p_metadata;
+    v_chunks := format($sql$select $1, d.place, $2, w.document_id, w.ordinal, coalesce(o.id, gen_random_uuid()), w.text, w.metadata,
+        coalesce(w.embedding, o.embedding), $3
+      from (select d.id as document_id, u.ordinal, u.text, u.embedding, coalesce(u.metadata, '{}') as metadata,
+              row_number() over (partition by d.id, u.text order by u.ordinal) as nth
+            from unnest($4, $5, $6, $7, $8) u(n, ordinal, text, embedding, metadata) join unnest($10) with ordinality d(id, n) on d.n = u.n
+            where not exists (select 1 from %s c where c.library_id = $2 and c.document_id = d.id and c.ordinal = u.ordinal)) w
+      join (select x.id, pgshelf.place_of($2, x.id, $9) as place from unnest($10) x(id)) d on d.id = w.document_id
+      left join (select x.*, row_number() over (partition by x.document_id, x.text order by x.ordinal) as nth
+                 from unnest($11) x) o on o.document_id = w.document_id and o.text = w.text and o.nth = w.nth $sql$, v_table);
+  end if;
   for document_id, pending in execute format($sql$
-    select d.id, (select count(*)::int from pgshelf.chunks_s%s c where c.library_id = $1 and c.document_id = d.id and c.embedding is null)
-    from unnest($2) d(id) $sql$, p_library.shelf) using p_library.id, p_documents loop
+    with written as (insert into %s as c (shelf, place, library_id, document_id, ordinal, id, text, metadata, embedding, language) %s
+      returning c.document_id, c.embedding is null as waits)
+    select w.document_id, (count(*) filter (where w.waits))::int from written w group by w.document_id $sql$, v_table, v_chunks)
+    using p_library.shelf, p_library.id, p_library.language, p_of, p_ordinals, p_texts, p_embeddings, p_metadata, p_library.fanout, p_documents,
+      v_old loop
     if pending > 0 and p_library.embedder ->> 'provider' = 'none' then
       raise '% of the chunks have no vector, and the library has no embedder to make one', pending using errcode = 'PS013',
         hint = 'Send an embedding with every chunk, or use a library with an embedder.';
@@ -123,7 +101,7 @@ end $$;
 create or replace function pgshelf.refused_documents(
   p_library uuid, p_keys text[], p_of int[], p_ordinals int[], p_embeddings @vector@.vector[])
   returns table (n int, state text, message text, hint text)
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -152,7 +130,7 @@ end $$;
 
 -- The texts of documents, by their keys, that have a vector already: writing them again need not embed them.
 create or replace function pgshelf.embedded_texts_of(p_library uuid, p_keys text[]) returns table (key text, text text)
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 begin
   return query execute format('select d.key, c.text from pgshelf.documents d

@@ -53,7 +53,7 @@ end $$;
 -- Changes a chunk in place. A new text without a vector asks for a new one; null leaves a part as it is.
 create or replace function pgshelf.patch_chunk(p_library uuid, p_chunk uuid, p_text text, p_embedding @vector@.vector, p_metadata jsonb)
   returns pgshelf.chunks
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
@@ -77,7 +77,7 @@ end $$;
 
 -- Deletes one chunk; the ordinals of the others stay.
 create or replace function pgshelf.delete_chunk(p_library uuid, p_chunk uuid) returns void
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);

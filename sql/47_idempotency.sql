@@ -4,7 +4,7 @@
 -- has become, but it must be the same (p_hash); PS022 if not, or if somebody else wrote a document of that key.
 create or replace function pgshelf.add_event(p_library uuid, p_key text, p_hash bytea, p_metadata jsonb, p_texts text[],
   out document_id uuid, out duplicate boolean)
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
@@ -29,7 +29,7 @@ begin
     raise 'there is a document % that is no event', quote_literal(p_key) using errcode = 'PS022',
       hint = 'The id of an event is the key of its document: choose another id.';
   end if;
-  perform pgshelf.write_chunks(v_library, document_id, p_texts, null, null);
+  perform pgshelf.write_chunks(v_library, document_id, true, p_texts, null, null);
 end $$;
 
 -- Forgets answers that were stored longer ago than p_keep, at most p_limit of them; tells how many.

@@ -129,7 +129,7 @@ end $$;
 -- Stores vectors for chunks whose text is still the one that was embedded and that nobody has served meanwhile.
 create or replace function pgshelf.store_embeddings(p_library uuid, p_chunks uuid[], p_hashes text[], p_embeddings @vector@.vector[])
   returns int
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
@@ -151,7 +151,7 @@ end $$;
 -- Unless it counts it was no attempt: the provider was away. A text that changed meanwhile is another request: the reason is not its own.
 create or replace function pgshelf.fail_embeddings(
   p_library uuid, p_chunks uuid[], p_hashes text[], p_error text, p_waits float8[], p_counts boolean) returns void
-  volatile language plpgsql set search_path = pg_catalog, pg_temp
+  volatile language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
@@ -194,16 +194,25 @@ begin
   return v_retried;
 end $$;
 
--- The texts of a document (by id or key) that have a vector already: writing them again need not embed them.
-create or replace function pgshelf.embedded_texts(p_library uuid, p_document uuid, p_key text) returns setof text
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+-- What who writes needs to know of a library, and the texts of a document (by id or key) that have a vector already: writing them
+-- again need not embed them.
+create or replace function pgshelf.library_config(
+  p_library text, p_document uuid, p_key text,
+  out id uuid, out embedder jsonb, out chunking jsonb, out change int, out next_embedder jsonb, out texts text[])
+  stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
-  v_shelf int := (pgshelf.library_named(p_library::text)).shelf;
-  v_document uuid := coalesce(p_document, (select d.id from pgshelf.documents d where d.library_id = p_library and d.key = p_key));
+  v_library pgshelf.libraries := pgshelf.library_named(p_library);
+  v_document uuid := coalesce(p_document, (select d.id from pgshelf.documents d where d.library_id = v_library.id and d.key = p_key));
 begin
-  return query execute format('select c.text from pgshelf.chunks_s%s c
-    where c.library_id = $1 and c.document_id = $2 and c.embedding is not null', v_shelf) using p_library, v_document;
+  id := v_library.id;
+  embedder := v_library.embedder;
+  chunking := v_library.chunking;
+  select c.serial, c.embedder into change, next_embedder from pgshelf.embedder_changes c where c.library_id = v_library.id and c.phase <> 'over';
+  if v_document is not null then
+    execute format('select array_agg(c.text) from pgshelf.chunks_s%s c
+      where c.library_id = $1 and c.document_id = $2 and c.embedding is not null', v_library.shelf) into texts using v_library.id, v_document;
+  end if;
 end $$;
 
 -- The chunks of one document that have no vector.

@@ -20,10 +20,18 @@ create or replace function pgshelf.embedded_with(p_library uuid, p_embedder json
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if (pgshelf.lock_library(p_library)).embedder <> p_embedder then
+  perform pgshelf.check_embedder(pgshelf.lock_library(p_library), p_embedder);
+  return p_library;
+end $$;
+
+-- PS041 if the library, which the caller has locked, has another embedder than the one that made its vectors; null made none.
+create or replace function pgshelf.check_embedder(p_library pgshelf.libraries, p_embedder jsonb) returns void
+  immutable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_library.embedder <> p_embedder then
     raise 'the embedder of the library has changed' using errcode = 'PS041', hint = 'Embed the texts once more, by the new one.';
   end if;
-  return p_library;
 end $$;
 
 -- Asks for another embedder; the one in use calls a change off. The same wish again, after a failure, tries again at once.

@@ -381,8 +381,9 @@ begin
     constraint chunks_s%1$s_dimension_check check (@vector_ident@.vector_dims(embedding) = %2$s))
     with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05, autovacuum_vacuum_insert_scale_factor = 0.1)',
     p_shelf, p_dimension);
-  -- the estimates of word searches come from here
-  execute format('alter table pgshelf.chunks_s%s alter column tsv set statistics 300', p_shelf);
+  -- the estimates of word searches come from its statistics; MAIN keeps it beside its row, where a score reads it, and lets the text go to
+  -- TOAST first, which hits alone read
+  execute format('alter table pgshelf.chunks_s%s alter column tsv set statistics 300, alter column tsv set storage main', p_shelf);
 end $$;
 
 -- From now on the rows of a shelf hold their codes under the planes of an lsh index.

@@ -55,7 +55,7 @@ begin
     'library_named', 'delete_library', 'declare_attributes', 'check_attributes', 'check_index', 'want_index', 'index_in_full', 'index_estimate',
     'count_rows', 'want_embedder', 'cancel_embedder', 'embedded_by', 'embedded_with', 'change_store',
     -- documents and chunks
-    'document_named', 'write_document', 'write_documents', 'refused_documents', 'embedded_texts', 'embedded_texts_of', 'pending_chunks',
+    'document_named', 'write_document', 'write_documents', 'refused_documents', 'library_config', 'embedded_texts_of', 'pending_chunks',
     'patch_document', 'sorted_documents', 'count_chunks', 'chunk_named', 'document_chunks', 'patch_chunk', 'delete_chunk', 'vector_of',
     'add_event', 'begin_import', 'continue_import', 'end_import', 'open_export', 'read_changes', 'stamp_changes', 'look_for_changes',
     -- the query cache

@@ -419,7 +419,7 @@ def test_views_tell_what_is_there(owner: Connection, as_role: AsRole) -> None:
 INTERNAL = [
     "select pgshelf.lock_library(gen_random_uuid())",
     "select pgshelf.library_named('x')",
-    "select pgshelf.write_document(null, null, null, null, null, null, null, null, null, null)",
+    "select pgshelf.write_document(null, null, null, null, null, null, null, null, null, null, null)",
     "select pgshelf.claim_pending(1, '1 s')",
     "select pgshelf.store_embeddings(null, null, null, null)",
     "select pgshelf.lease_again(null, null, null, null)",

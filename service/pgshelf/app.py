@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -225,7 +226,12 @@ def from_environment() -> Litestar:
     settings = Settings.from_env(os.environ)
     logs.configure(settings.log_level, settings.log_format)
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    return create_app(settings, Path(folder) if folder else None)
+    app = create_app(settings, Path(folder) if folder else None)
+    # what was made so far stays: the collector need not look at it again, nor come for every 700 objects of a request
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    return app
 
 
 def _die_with(parent: int) -> None:

@@ -81,6 +81,15 @@ def _storable(text: str) -> str:
     return text[:LONGEST].replace("\x00", "\ufffd").encode(errors="replace").decode()
 
 
+def beside(entry: Entry, statement: str, document: str) -> tuple[str, list[Any]]:
+    """A statement that adds a row, too, and the parameters behind its own; `document` is SQL over its rows, w."""
+    parameters = [value for name, value in msgspec.structs.asdict(entry).items() if name != "document"]
+    both = f"""with w as materialized ({statement}),
+      a as materialized (select pgshelf.audit(%s, 'done', %s, %s, %s, %s, {document}, %s, %s, %s))
+      select w.* from w, a"""  # noqa: S608 - put together from constants
+    return both, parameters
+
+
 async def add(connection: AsyncConnection, entry: Entry) -> None:
     """Write a row in the transaction of what it tells of."""
     await database.rows(connection, ADD, *msgspec.structs.astuple(entry))

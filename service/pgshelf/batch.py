@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
+import psycopg
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import Meta
@@ -82,6 +83,17 @@ async def add_documents(
             once.note(count=sum(item.problem is None for item in items))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
+        async def write_whole(connection: AsyncConnection) -> Answer[DocumentResults]:
+            await bulk.write_whole(connection, config, items, lambda text: once.recording(text, count=len(items)))
+            return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
+
+        if not bulk.is_whole(items):
+            return await once.run(write)
+        try:
+            return await once.run(write_whole, single=True, recording=True)
+        except (psycopg.Error, UnicodeError) as error:
+            if problem_of(error).status not in bulk.OWN_STATUSES:
+                raise
         return await once.run(write)
 
     return await asked_again(prepare_and_write)

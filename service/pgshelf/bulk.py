@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -115,6 +115,24 @@ def forget_made(items: Sequence[Item]) -> None:
         document.made.clear()
 
 
+Recording = Callable[[str], tuple[str, list[Any]]]  # a statement to one that writes the audit log, too
+
+
+async def write_whole(
+    connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item], recording: Recording
+) -> None:
+    """Write all documents, whose keys differ, in one statement, or none: raises what the first that is wrong raises."""
+    statement, recorded = recording(WRITE)
+    parameters = _parameters(config, items)
+    _note(items, await database.rows(connection, statement, *parameters, *recorded))
+
+
+def is_whole(items: Sequence[Item]) -> bool:
+    """Whether one statement can write them all: none is refused, and no key comes twice."""
+    keys = [item.key for item in items if item.key is not None]
+    return len(set(keys)) == len(keys) and all(item.prepared for item in items)
+
+
 async def write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
     """Write all documents that can be, within the transaction of `connection`, and note what became of each.
 
@@ -138,11 +156,10 @@ async def write(connection: AsyncConnection, config: LibraryConfig, items: Seque
 async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
     if not items:
         return
-    columns = _columns(items)
-    maker = Jsonb(config.embedder) if any(item.prepared and item.prepared.made for item in items) else None
+    parameters = _parameters(config, items)
     try:
         async with connection.begin_nested():
-            rows = await database.rows(connection, WRITE, config.id, maker, *columns)
+            rows = await database.rows(connection, WRITE, *parameters)
     except (psycopg.Error, UnicodeError) as error:
         problem = problem_of(error)
         if problem.status not in OWN_STATUSES:
@@ -152,7 +169,7 @@ async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequ
             return
         refused = []
         if problem.sqlstate in VECTOR_STATES:
-            _, keys, _, _, _, of, ordinals, _, vectors, _ = columns
+            _, _, _, keys, _, _, _, of, ordinals, _, vectors, _ = parameters
             refused = await database.rows(connection, REFUSED, config.id, keys, of, ordinals, vectors)
         for n, state, message, hint in refused:
             items[n - 1].refuse(problem_of_state(state, message, hint))
@@ -161,15 +178,21 @@ async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequ
         await _write(connection, config, rest[:middle])
         await _write(connection, config, rest[middle:])
     else:
-        for n, document_id, created, pending in rows:
-            item = items[n - 1]
-            item.id, item.created, item.pending = document_id, created, pending
+        _note(items, rows)
 
 
-def _columns(items: Sequence[Item]) -> tuple[list[Any] | None, ...]:
+def _note(items: Sequence[Item], rows: Sequence[tuple[Any, ...]]) -> None:
+    for n, document_id, created, pending in rows:
+        item = items[n - 1]
+        item.id, item.created, item.pending = document_id, created, pending
+
+
+def _parameters(config: LibraryConfig, items: Sequence[Item]) -> tuple[Any, ...]:
     documents = [item.prepared for item in items if item.prepared]
     vectors = [vector for document in documents for vector in document.vectors]
     return (
+        config.id,
+        Jsonb(config.embedder) if any(document.made for document in documents) else None,
         [item.place for item in items],
         [document.key for document in documents],
         [document.title for document in documents],

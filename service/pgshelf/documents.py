@@ -208,6 +208,9 @@ async def delete_document(
     return await once.run(remove, single=True)
 
 
+WRITTEN_DOCUMENT = "(select coalesce(w.key, w.id::text) from w)"  # as the audit log names it
+
+
 async def _write(
     engine: AsyncEngine,
     once: Once,
@@ -228,13 +231,16 @@ async def _write(
 
         async def write(connection: AsyncConnection) -> Answer[Document]:
             nonlocal made
-            written, created, _ = (await database.rows(connection, WRITE, *prepared.parameters, version))[0]
+            statement, recorded = once.recording(WRITE, WRITTEN_DOCUMENT, library=str(prepared.library.id))
+            *columns, created, pending = (
+                await database.rows(connection, statement, *prepared.parameters, version, *recorded)
+            )[0]
             made = 201 if created else 200
-            found = await _read(connection, str(prepared.library.id), str(written))
-            once.note(library=str(prepared.library.id), document=found.key or str(written))
-            return _answer(found, 202 if found.chunks.pending else made, path)
+            # of what was given up nothing stays: it waits anew
+            found = document_of((*columns, len(prepared.texts), pending, 0))
+            return _answer(found, 202 if pending else made, path)
 
-        return prepared, await once.run(write)
+        return prepared, await once.run(write, single=True, recording=True)
 
     prepared, answer = await asked_again(prepare_and_write)
     found = answer.content

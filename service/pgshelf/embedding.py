@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -42,6 +43,7 @@ Vectors = dict[str, "NDArray[np.float32]"]
 T = TypeVar("T")
 
 EMBEDDER_CHANGED = "PS041"
+KNOWN = 1000  # libraries whose embedder a process remembers
 ASKED = 5  # times that vectors are made before a change of the embedder in between is an error
 NEXT_GRACE = 1.0  # seconds that a writer waits for the embedder that is to come, when he has his own vectors
 CALLS_AT_ONCE = 4  # of one request, or of one batch of the worker
@@ -58,13 +60,34 @@ class LibraryConfig(msgspec.Struct, frozen=True):
     next_embedder: dict[str, Any] | None = None
 
 
-CONFIG = """select l.id, l.embedder, l.chunking, c.serial, c.embedder from pgshelf.library_named(%s) l
-left join pgshelf.embedder_changes c on c.library_id = l.id and c.phase <> 'over'"""
+CONFIG = "select * from pgshelf.library_config(%s, %s, %s)"
 
 
 async def library_config(engine: database.Source, library: str) -> LibraryConfig:
     """Look up a library by name or id; PS001 when there is none."""
-    return LibraryConfig(*(await database.run(engine, CONFIG, library))[0])
+    return (await config_and_texts(engine, library, None, None))[0]
+
+
+async def config_and_texts(
+    engine: database.Source, library: str, document: UUID | None, key: str | None
+) -> tuple[LibraryConfig, frozenset[str]]:
+    """A library by name or id, and the texts of a document, named by its id or its key, that have vectors already."""
+    *config, texts = (await database.run(engine, CONFIG, library, document, key))[0]
+    return LibraryConfig(*config), frozenset(texts or ())
+
+
+_known: WeakKeyDictionary[AsyncEngine, dict[str, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def known_embedders(source: database.Source) -> dict[str, dict[str, Any]]:
+    """The embedders that libraries, by name or id, had when they were last asked: they may have others by now.
+
+    Whoever uses one looks in the statement that uses its vectors, which ends in PS041 where it is another.
+    """
+    known = _known.setdefault(database.primary(source), {})
+    if len(known) > KNOWN:
+        known.clear()
+    return known
 
 
 async def asked_again(work: Callable[[], Awaitable[T]]) -> T:
@@ -73,6 +96,8 @@ async def asked_again(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except psycopg.Error as error:
+            if error.sqlstate == EMBEDDER_CHANGED:
+                _known.clear()
             if error.sqlstate != EMBEDDER_CHANGED or attempt == ASKED - 1:
                 raise
     raise AssertionError("unreachable")

@@ -65,16 +65,28 @@ class Once:
         if self.entry is not None and self.entry.count:
             await auditing.add(connection, self.entry)
 
-    async def run(self, work: Work, *, single: bool = False) -> Answer[Any]:
-        """Do `work` in a transaction, or answer what it answered before; `single` as in `database.transaction`."""
+    def recording(self, statement: str, document: str = "null", **facts: Any) -> tuple[str, list[Any]]:
+        """A statement that writes its row of the audit log, too, and the parameters that this adds.
+
+        Its own rows are `w` in `document`, the SQL that names what was written.
+        """
+        self.note(**facts)
+        return (statement, []) if self.entry is None else auditing.beside(self.entry, statement, document)
+
+    async def run(self, work: Work, *, single: bool = False, recording: bool = False) -> Answer[Any]:
+        """Do `work` in a transaction, or answer what it answered before; `single` as in `database.transaction`.
+
+        Work that is `recording` writes its row of the audit log itself.
+        """
 
         async def recorded(connection: AsyncConnection) -> Answer[Any]:
             answer = await work(connection)
-            await self.record(connection)
+            if not recording:
+                await self.record(connection)
             return answer
 
         if self.key is None:
-            single = single and self.entry is None
+            single = single and (recording or self.entry is None)
             return await database.retried(self.engine, recorded, single=single, written=True)
 
         async def claimed(connection: AsyncConnection) -> Answer[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -14,10 +15,19 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, limits
 from pgshelf.chunking import split
-from pgshelf.embedding import LibraryConfig, asked_again, embed, embed_for_writing, library_config, store
+from pgshelf.embedding import (
+    LibraryConfig,
+    asked_again,
+    config_and_texts,
+    embed,
+    embed_for_writing,
+    library_config,
+    store,
+)
 from pgshelf.errors import invalid
 from pgshelf.http import as_id
 from pgshelf.settings import Settings
+from pgshelf.stored_documents import COLUMNS
 
 Key = Annotated[str, Meta(min_length=1, max_length=512, examples=["guide/vacuum"])]
 Title = Annotated[str, Meta(examples=["Vacuum"])]
@@ -80,8 +90,8 @@ class Prepared(msgspec.Struct):
 
 INLINE_TEXT = 20_000  # characters
 # vectors go in binary (%b): as text they take a hundred times as long
-WRITE = """select * from pgshelf.write_document(pgshelf.embedded_with(%s, %s), %s, %s, %s, %s, %s, %s, %b, %s,
-  %s)"""
+WRITE = f"""select {COLUMNS}, w.created, w.pending from pgshelf.write_document(%s, %s, %s, %s, %s, %s, %s, %s, %b, %s,
+  %s) w, lateral (select (w.document).*) d"""  # noqa: S608 - put together from constants
 
 
 async def prepare(
@@ -89,9 +99,10 @@ async def prepare(
 ) -> Prepared:
     """Check a document, split its text and, with `wait`, embed what the library does not hold yet."""
     _check(data, document_id, settings)
-    prepared = await _prepared(await library_config(engine, library), settings, data, document_id)
-    if wait and (prepared.library.embedder["provider"] != "none" or prepared.library.next_embedder):
-        await _embed_new(engine, settings, prepared)
+    config, known = await config_and_texts(engine, library, *((document_id, data.key) if wait else (None, None)))
+    prepared = await _prepared(config, settings, data, document_id)
+    if wait and (config.embedder["provider"] != "none" or config.next_embedder):
+        await _embed_new(engine, settings, prepared, known)
     return prepared
 
 
@@ -153,14 +164,9 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
     return [chunk.text for chunk in given], vectors, metadata, paths
 
 
-async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared) -> None:
-    """Embed, before anything is written, the texts that the stored document does not hold already."""
+async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared, known: Collection[str]) -> None:
+    """Embed, before anything is written, the texts that the stored document does not hold already (`known`)."""
     config, texts, vectors = prepared.library, prepared.texts, prepared.vectors
-    known: set[str] = set()
-    if prepared.document_id is not None or prepared.key is not None:
-        statement = "select pgshelf.embedded_texts(%s, %s, %s)"
-        rows = await database.run(engine, statement, config.id, prepared.document_id, prepared.key)
-        known = {text for (text,) in rows}
     missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
     if config.embedder["provider"] == "none":  # what is missing is refused when it is written
         missing = []

@@ -102,6 +102,7 @@ def make_engine(
         pool_pre_ping=True,
         pool_recycle=1800,
         hide_parameters=True,
+        pool_use_lifo=True,  # a session that has just worked is warm
     )
     _renew_when_stale(engine.pool)
     _ping_when_in_doubt(engine)

@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from pgshelf import database, filters, limits
-from pgshelf.embedding import asked_again, embed
+from pgshelf.embedding import asked_again, embed, known_embedders
 from pgshelf.errors import invalid
 from pgshelf.query_cache import QueryCache, States
 from pgshelf.rerank import RerankChoice, reach, rerank
@@ -374,9 +374,13 @@ async def ask(reader: database.Source, settings: Settings, library: str, data: S
     if mode == "text":
         return Question(mode, None, data.query, parameter, state=state)
     if vector is None:
-        embedder, state = (await database.run(reader, EMBEDDER, kept(settings, library), library))[0]
-        if data.mode is None and embedder["provider"] == "none":
-            return Question("text", None, data.query, parameter, state=state)
+        known = known_embedders(reader)
+        if (embedder := known.get(library)) is None:
+            embedder, state = (await database.run(reader, EMBEDDER, kept(settings, library), library))[0]
+            if embedder["provider"] != "none":
+                known[library] = embedder
+            elif data.mode is None:
+                return Question("text", None, data.query, parameter, state=state)
         vector = (await embed(database.primary(reader), settings, embedder, [data.query or ""], "query", ["query"]))[0]
         maker = Jsonb(embedder)
     return Question(mode, vector, data.query, parameter, maker, state)
