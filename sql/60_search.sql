@@ -194,7 +194,7 @@ begin
   end if;
   looked := share * 1.33;
   if looked > p_few then
-    share := share * (pgshelf.sampled(format('select count(*) filter (where %s)::float8 / greatest(count(*), 1), null::float8
+    share := share * (pgshelf.sampled(format('select array[count(*) filter (where %s)::float8 / greatest(count(*), 1), null]
       from (select c.* from pgshelf.chunks_s%s c order by c.id limit $3) c %s', p_condition.chunks, p_library.shelf,
       case when p_condition.chunks ~ '\md\.' then 'join pgshelf.documents d on d.id = c.document_id' else '' end), p_filter, p_few)).share;
   end if;
