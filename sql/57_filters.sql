@@ -560,13 +560,13 @@ begin
 end $$;
 
 -- The numbers that a statement counts for a filter, $2, in up to p_rows rows, $3. They decide how fast a search is and never what it finds, so
--- a session that has counted within the last minute need not again: it keeps them in 64 settings of its own, each for one statement.
+-- a session that has counted within the last minute need not again: it keeps them in 256 settings of its own, each for one statement.
 create or replace function pgshelf.counted(p_statement text, p_filter jsonb, p_rows int) returns float8[]
   stable language plpgsql
 as $$
 declare
   v_key text := md5(concat(p_statement, ' ', p_filter, ' ', p_rows));
-  v_place text := 'pgshelf.counted_' || (hashtext(v_key) & 63);
+  v_place text := 'pgshelf.counted_' || (hashtext(v_key) & 255);
   v_known text[] := string_to_array(current_setting(v_place, true), ' ');
   v_now float8 := extract(epoch from now());
   v_counts float8[];

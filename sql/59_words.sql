@@ -61,11 +61,20 @@ create or replace function pgshelf.words_query(p_language text, p_query text, ou
 as $$
 begin
   scored := (select string_agg(w.query::text, ' | ')::tsquery from pgshelf.query_words(p_language, p_query) w);
-  if p_query ~ '["“”„-]' then
-    required := (select string_agg(case when p.excluded then '!(' else '(' end || q.part || ')', ' & ')::tsquery
-      from pgshelf.query_parts(p_query) p cross join lateral pgshelf.part_query(p_language, p.part, p.kind) q(part)
-      where (p.excluded or p.kind = 'phrase') and q.part is not null);
+  required := pgshelf.required_words(p_language, p_query);
+end $$;
+
+-- What a typed query requires: its phrases and exclusions; null where there are none.
+create or replace function pgshelf.required_words(p_language text, p_query text) returns tsquery
+  immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_query !~ '["“”„-]' then
+    return null;
   end if;
+  return (select string_agg(case when p.excluded then '!(' else '(' end || q.part || ')', ' & ')::tsquery
+    from pgshelf.query_parts(p_query) p cross join lateral pgshelf.part_query(p_language, p.part, p.kind) q(part)
+    where (p.excluded or p.kind = 'phrase') and q.part is not null);
 end $$;
 
 -- The passage of a text that matches a query best, as HTML: &, < and > of the text are escaped, so <mark> and </mark> around the words
@@ -149,9 +158,17 @@ create or replace function pgshelf.word_score(p_written int) returns text
 as $$
   select format('%s + case when cardinality(b.words) > %2$s or b.prefixes is not null
       then pgshelf.further_score(v.words, v.length, b.words[%2$s + 1:], b.weights[%2$s + 1:], b.prefixes, b.prefix_weights) else 0 end',
-    string_agg(format('coalesce(b.weights[%1$s] / (1 + v.length / %2$s), 0)', i,
-      pgshelf.word_frequency(format('ts_rank(''{1,1,1,1}'', v.words, b.words[%s])::float8', i))), ' + ' order by i), p_written)
+    string_agg(format('coalesce(b.weight_%1$s / (1 + v.length / %2$s), 0)', i,
+      pgshelf.word_frequency(format('ts_rank(''{1,1,1,1}'', v.words, b.word_%s)::float8', i))), ' + ' order by i), p_written)
   from generate_series(1, p_written) i
+$$;
+
+-- The words and weights of a row `x` as columns, for the scores that are written out: to look an array's element up for each chunk takes
+-- a tenth of its score.
+create or replace function pgshelf.written_words(p_written int) returns text
+  immutable parallel safe language sql
+as $$
+  select string_agg(format('x.words[%1$s] as word_%1$s, x.weights[%1$s] as weight_%1$s', i), ', ' order by i) from generate_series(1, p_written) i
 $$;
 
 -- What a score needs of a chunk `c`: its words, taken out of TOAST once for all of them (an array does that), and its length as BM25 counts
@@ -182,13 +199,14 @@ as $$
     w_terms as materialized (select w.*, pgshelf.word_weight(w.times, w.chunks, z.chunks) as weight
       from (select q.*, (select count(*) from w_hits h where h.words @@ q.query) as chunks from pgshelf.query_words(%2$L, $4) q offset 0) w, w_size z
       where w.chunks > 0),
-    w_plan as materialized (select array_agg(t.query order by t.lexeme collate "C") filter (where not t.prefix) as words,
+    w_plan as materialized (select x.*, %6$s from (select array_agg(t.query order by t.lexeme collate "C") filter (where not t.prefix) as words,
         array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where not t.prefix) as weights,
         array_agg(t.lexeme order by t.lexeme collate "C") filter (where t.prefix) as prefixes,
-        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where t.prefix) as prefix_weights from w_terms t),
+        array_agg(t.weight * 2.2::float8 order by t.lexeme collate "C") filter (where t.prefix) as prefix_weights from w_terms t) x),
     worded as materialized (select v.id, v.document_id, v.ordinal, %5$s as score from w_plan b cross join w_hits v where v.fits
       order by score desc, v.id limit $3)$sql$,
-    p_library.id, p_library.language, pgshelf.word_filter(p_documents, p_chunks), pgshelf.scored_words(), pgshelf.word_score(p_written))
+    p_library.id, p_library.language, pgshelf.word_filter(p_documents, p_chunks), pgshelf.scored_words(), pgshelf.word_score(p_written),
+    pgshelf.written_words(p_written))
 $$;
 
 -- What share of a library fulfils a filter, by a sample: ids are random, so the first in their order are one.
@@ -254,7 +272,7 @@ create or replace function pgshelf.word_plan(
 as $$
 #variable_conflict use_column
 declare
-  v_typed record := pgshelf.words_query(p_language, p_query);
+  v_required tsquery := pgshelf.required_words(p_language, p_query);
   v_chunks float8;
   v_words record;
   v_counts bigint[];
@@ -282,12 +300,12 @@ begin
         (string_agg(y.query::text, ' | ') filter (where y.chosen))::tsquery as first,
         array_agg(y.query order by y.weight desc) filter (where not y.chosen) as others,
         array_agg(y.weight * 2.2::float8 order by y.weight desc) filter (where not y.chosen) as most
-      from (select b.*, querytree(v_typed.required) not in ('', 'T') is true or b.before < 1.5 * p_reach / p_share
+      from (select b.*, querytree(v_required) not in ('', 'T') is true or b.before < 1.5 * p_reach / p_share
           or b.before + b.chunks <= greatest(100 * b.words / sqrt(p_share), 3 * p_reach / p_share) as chosen
         from (select w.*, count(*) over () as words, sum(w.chunks) over (order by w.chunks, w.lexeme collate "C", w.prefix) - w.chunks as before
           from w) b) y)
-    select f.*, mean, coalesce(x.first && v_typed.required, x.first), coalesce(x.every && v_typed.required, x.every),
-      coalesce(!! x.first && v_typed.required, !! x.first), x.others, x.most,
+    select f.*, mean, coalesce(x.first && v_required, x.first), coalesce(x.every && v_required, x.every),
+      coalesce(!! x.first && v_required, !! x.first), x.others, x.most,
       (p_share + p_extra) * v_chunks < x.holders,
       (p_share + p_extra) * v_chunks < least(x.holders, greatest(1000, 5 * p_reach) / p_share)
     from x, lateral (select array_agg(t.query order by t.lexeme collate "C") filter (where not t.prefix) as words,
@@ -314,7 +332,8 @@ begin
   return concat_ws(E',\n    ',
     -- for highlights: read where they are asked for
     format('w_typed as materialized (select q.* from pgshelf.words_query(%L, $4) q)', p_library.language),
-    format('w_plan as materialized (select p.* from (%s) s, lateral pgshelf.word_plan(%L, %s, %L, $4, $3, s.share, %s::float8) p)',
+    format('w_plan as materialized (select x.*, %s from (%s) s, lateral pgshelf.word_plan(%L, %s, %L, $4, $3, s.share, %s::float8) x)',
+      pgshelf.written_words(p_written),
       pgshelf.word_share(p_library, p_documents, p_chunks), p_library.id, p_library.shelf, p_library.language,
       -- a document is looked at in a fifth of the time of a chunk
       case p_indexed when 'true' then 0.2 else 0 end),

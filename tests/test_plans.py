@@ -279,7 +279,7 @@ def test_a_session_counts_once_a_minute(connection: Connection) -> None:
     aged = connection.execute(
         """select set_config(s.name, concat_ws(' ', s.part[1], s.part[2]::float8 - 61, s.part[3]), false)
         from (select n.name, string_to_array(current_setting(n.name, true), ' ') as part
-          from (select 'pgshelf.counted_' || generate_series(0, 63) as name) n) s where s.part[3] = '{1}'"""
+          from (select 'pgshelf.counted_' || generate_series(0, 255) as name) n) s where s.part[3] = '{1}'"""
     ).fetchall()
     assert len(aged) == 1
     assert counted({}) == ([2],)
@@ -288,7 +288,7 @@ def test_a_session_counts_once_a_minute(connection: Connection) -> None:
 def test_whatever_stands_in_the_settings_a_search_finds_the_same(connection: Connection) -> None:
     found = []
     for value in ("", "x", "x y z", "{} 1 {2}"):
-        for place in range(64):
+        for place in range(256):
             connection.execute("select set_config(%s, %s, false)", [f"pgshelf.counted_{place}", value])
         rows = connection.execute(
             "select chunk_id from pgshelf.search('halfvec', '[0.1,0.2,-0.3,0.4]', filter => %s)", [Jsonb(FEW)]
