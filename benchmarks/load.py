@@ -1,9 +1,11 @@
 """Load as of many clients: 20,000 chunks, locust, a service with 1 and with 2 processes, everything on this machine.
 
-Three runs for each number of processes: `open`, 100 requests a second whatever happens; `users`, 100 people who wait 1
-to 3 s between two requests; `saturated`, searches by vector as fast as they are answered. The first two send the mix of
-locustfile.py and are held to its goals. /health is asked ten times a second all the while, memory is looked at, and the
-CPU seconds of service, PostgreSQL and locust say who was busy: locust takes its share of the same cores.
+Four runs for each number of processes: `open`, 100 requests a second whatever happens; `users`, 100 people who wait 1
+to 3 s between two requests; `saturated`, searches by vector as fast as they are answered, each of them carried out; and
+`cached`, the same where the query cache may answer (500 different ones while nothing is written: it answers all). The
+first two send the mix of locustfile.py and are held to its goals. /health is asked ten times a second all the while,
+memory is looked at, and the CPU seconds of service, PostgreSQL and locust say who was busy: locust takes its share of
+the same cores.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from pgshelf.embedders.local import LocalEmbedder
 
 PORT = 18532
 CORES = psutil.cpu_count() or 1
+KINDS = {"open": "Open", "users": "Users", "saturated": "Searchers", "cached": "Repeaters"}
 GOALS = {"open": {95: 100}, "users": {50: 45, 95: 120, 99: 250}}  # milliseconds by percentile
 MEGABYTE = 1024 * 1024
 
@@ -44,10 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chunks", type=int, default=20_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    for name, seconds in (("open", 60), ("users", 60), ("saturated", 30)):
+    for name, seconds in (("open", 60), ("users", 60), ("saturated", 30), ("cached", 15)):
         parser.add_argument(f"--{name}", type=int, default=seconds, help=f"seconds, 0 for none; {seconds} if absent")
     parser.add_argument("--rate", type=int, default=100, help="requests a second of the open run")
-    parser.add_argument("--searchers", type=int, default=16, help="clients of the saturated run")
+    parser.add_argument("--searchers", type=int, default=16, help="clients of the saturated and the cached run")
     parser.add_argument("--keep", type=Path, help="write what the clients send to this file, and keep it")
     options = parser.parse_args()
     corpus = _corpus.python_sources(options.chunks)
@@ -64,6 +67,7 @@ def main() -> None:
                     ("open", options.rate * 5, options.open),
                     ("users", 100, options.users),
                     ("saturated", options.searchers, options.saturated),
+                    ("cached", options.searchers, options.cached),
                 ):
                     if seconds:
                         run.measure(kind, users, seconds, options.rate)
@@ -147,7 +151,7 @@ class Run:
         before = self.cpu()
         thread.start()
         started = time.perf_counter()
-        entries = self.locust({"open": "Open", "users": "Users", "saturated": "Searchers"}[kind], users, seconds, rate)
+        entries = self.locust(KINDS[kind], users, seconds, rate)
         took = time.perf_counter() - started
         spent = self.cpu()
         watch.stopped.set()

@@ -2,7 +2,8 @@
 write a document, 2 a batch of ten, 1 looks at the library, its index or its documents.
 
 `python -m benchmarks.load` makes the library, starts the service and runs this. By hand, against a service of your own:
-LOAD_DATA=FILE locust -f benchmarks/locustfile.py --host http://... Open|Users|Searchers, with the file of load --keep.
+LOAD_DATA=FILE locust -f benchmarks/locustfile.py --host http://... Open|Users|Searchers|Repeaters, with the file of
+load --keep.
 """
 
 from __future__ import annotations
@@ -102,11 +103,18 @@ class Users(Client):
 
 
 class Searchers(FastHttpUser):
-    """Searches by vector, one after the other, as fast as they are answered."""
+    """Searches by vector, one after the other, as fast as they are carried out: the query cache is not asked."""
 
     wait_time = constant(0)
+    headers = JSON | {"Cache-Control": "no-cache"}
 
     @task
     def search(self) -> None:
         body = random.choice(SEARCHES)
-        self.client.request("POST", f"{LIBRARY}/search", data=body, headers=JSON, name="search")
+        self.client.request("POST", f"{LIBRARY}/search", data=body, headers=self.headers, name="search")
+
+
+class Repeaters(Searchers):
+    """The same, where the query cache may answer."""
+
+    headers = JSON
