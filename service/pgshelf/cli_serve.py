@@ -123,7 +123,7 @@ def _say_what_fails(url: str, settings: Settings) -> None:
 
 def _serve(settings: Settings, address: str, reload: bool) -> None:
     from granian import Granian
-    from granian.constants import HTTPModes, Interfaces
+    from granian.constants import HTTPModes, Interfaces, Loops
     from granian.http import HTTP1Settings
     from granian.log import LogLevels
 
@@ -134,6 +134,7 @@ def _serve(settings: Settings, address: str, reload: bool) -> None:
         "pgshelf.app:from_environment",
         factory=True,
         interface=Interfaces.ASGI,
+        loop=Loops.uvloop,  # a tenth of a request's processor time less than asyncio's own
         address=address,
         port=settings.port,
         workers=settings.workers,
