@@ -455,3 +455,28 @@ def test_no_generic_plan_is_ever_made(connection: Connection) -> None:
             assert locked == (1,)
     finally:
         connection.execute("set plan_cache_mode = force_custom_plan")
+
+
+def test_a_plan_made_while_a_table_was_small_does_not_scan_it_later(database_url: str) -> None:
+    """Plans of writes are kept, statistics of a table that an import fills come late: indexes lead from the start."""
+    put = "select pgshelf.put_document('small', %s, texts => '{text}')"
+    scanned = """select relname, seq_scan from pg_stat_user_tables
+        where relname in ('documents', 'libraries', 'chunks_s0') order by 1"""
+    with psycopg.connect(database_url, autocommit=True) as owner:
+
+        def scans() -> list[tuple[str, int]]:
+            owner.execute("select pg_stat_force_next_flush()")
+            return owner.execute(scanned).fetchall()
+
+        owner.execute(
+            """insert into pgshelf.libraries (name, dimension, embedder, chunking)
+            values ('small', 2, '{"provider": "local", "dimension": 2}', '{}')"""
+        )
+        for key in ("a", "b", "c"):
+            owner.execute(put, [key])
+        owner.execute("analyze pgshelf.documents, pgshelf.libraries, pgshelf.chunks_s0")
+        before = scans()
+        for key in ("a", "d"):
+            owner.execute(put, [key])
+        owner.execute("select pgshelf.delete_document('small', 'd')")
+        assert scans() == before

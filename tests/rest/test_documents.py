@@ -9,6 +9,7 @@ import httpx2
 import psycopg
 import pytest
 
+from pgshelf import database
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
 pytestmark = pytest.mark.unwatched
@@ -55,6 +56,36 @@ async def test_a_document_is_found_by_key_and_by_id(client: httpx2.AsyncClient, 
             assert (put["id"], put["version"], put["key"]) == (made["id"], 3, key)
             assert (await client.delete(at("libraries", "shelf", "documents", key))).status_code == 204
             problem(await client.get(at("libraries", "shelf", "documents", key)), 404, "document_not_found")
+
+
+async def test_a_write_is_one_statement(
+    database_url: str, make_settings: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its row of the audit log, behind one that reads what there is; a batch reads twice."""
+    client = await make_client(make_settings(database_url, worker_enabled=False))
+    await local(client)
+    statements: list[str] = []
+    rows = database.rows
+
+    async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        statements.append(statement)
+        return await rows(connection, statement, *parameters)
+
+    monkeypatch.setattr(database, "rows", counted)
+    for text, status in (("One.", 201), ("Two.", 200)):
+        statements.clear()
+        ok(await client.post(DOCUMENTS, json={"key": "a", "text": text}), status)
+        read, written = statements
+        assert "library_config" in read and "write_document" in written and "audit" in written
+    statements.clear()
+    several = [{"key": key, "text": key} for key in "abc"]
+    ok(await client.post(f"{DOCUMENTS}/batch", json={"documents": several}))
+    assert ["write_documents" in statement and "audit" in statement for statement in statements] == [False, False, True]
+    with psycopg.connect(database_url) as connection:
+        logged = connection.execute(
+            "select document, count, library from pgshelf.audit_log where action = 'document.write' order by at"
+        ).fetchall()
+    assert logged == [("a", 1, "shelf"), ("a", 1, "shelf"), (None, 3, "shelf")]
 
 
 async def test_documents_without_a_key_are_new_each_time(client: httpx2.AsyncClient) -> None:

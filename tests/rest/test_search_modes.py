@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from pgshelf import database
+from pgshelf.searching import EMBEDDER
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
 SEARCH = at("libraries", "shelf", "search")
@@ -111,6 +113,36 @@ async def test_a_question_is_searched_both_ways(client: httpx2.AsyncClient) -> N
     assert keys(hits) == ["vacuum", "cake"]
     assert "<mark>reclaims</mark>" in hits[0]["highlight"] and hits[0]["distance"] > 0
     assert hits[1]["highlight"] is None
+
+
+async def test_an_embedder_is_asked_for_once(
+    database_url: str, make_settings: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process remembers it for questions; a library that was made anew under the name has its own."""
+    client = await make_client(make_settings(database_url, worker_enabled=False))
+    statements: list[str] = []
+    rows = database.rows
+
+    async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        statements.append(statement)
+        return await rows(connection, statement, *parameters)
+
+    monkeypatch.setattr(database, "rows", counted)
+
+    async def asked() -> list[bool]:
+        statements.clear()
+        fresh = {"Cache-Control": "no-cache"}
+        assert keys(ok(await client.post(SEARCH, json={"query": "dead tuples"}, headers=fresh))["hits"]) == ["vacuum"]
+        return [statement == EMBEDDER for statement in statements]
+
+    await local(client)
+    await document(client, "vacuum", text="VACUUM reclaims storage occupied by dead tuples.")
+    assert [await asked() for _ in range(2)] == [[True, False], [False]]
+    ok(await client.delete(at("libraries", "shelf")), 204)
+    await library(client, dimension=8)
+    await document(client, "vacuum", chunks=[{"text": "dead tuples", "embedding": [1.0] * 8}])
+    # refused, asked for, searched by words
+    assert [await asked() for _ in range(2)] == [[False, True, False], [True, False]]
 
 
 async def test_filters_hold_in_every_mode(client: httpx2.AsyncClient) -> None:
