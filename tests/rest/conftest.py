@@ -1,13 +1,16 @@
-"""One application for all the cases of a file that writes nothing: starting one for each would take minutes."""
+"""One application for all the cases of a file that writes nothing, for starting one for each would take minutes; and
+what applications ask the database."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx2
 import pytest
 import pytest_asyncio
 
+from pgshelf import database
 from pgshelf.app import create_app
 from pgshelf.settings import Settings
 from tests.conftest import _lifespan
@@ -33,3 +36,17 @@ async def api(
         transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type]  # the same protocol, typed closer
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The statements that are sent from now on."""
+    sent: list[str] = []
+    rows = database.rows
+
+    async def noted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        sent.append(statement)
+        return await rows(connection, statement, *parameters)
+
+    monkeypatch.setattr(database, "rows", noted)
+    return sent

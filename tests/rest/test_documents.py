@@ -9,7 +9,6 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import database
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
 pytestmark = pytest.mark.unwatched
@@ -59,19 +58,11 @@ async def test_a_document_is_found_by_key_and_by_id(client: httpx2.AsyncClient, 
 
 
 async def test_a_write_is_one_statement(
-    database_url: str, make_settings: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
+    database_url: str, make_settings: Any, make_client: Any, statements: list[str]
 ) -> None:
     """With its row of the audit log, behind one that reads what there is; a batch reads twice."""
     client = await make_client(make_settings(database_url, worker_enabled=False))
     await local(client)
-    statements: list[str] = []
-    rows = database.rows
-
-    async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        statements.append(statement)
-        return await rows(connection, statement, *parameters)
-
-    monkeypatch.setattr(database, "rows", counted)
     for text, status in (("One.", 201), ("Two.", 200)):
         statements.clear()
         ok(await client.post(DOCUMENTS, json={"key": "a", "text": text}), status)

@@ -14,7 +14,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from pgshelf import database, imports
+from pgshelf import imports
 from tests.conftest import LiveServer, MakeClient, MakeSettings
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
@@ -93,19 +93,9 @@ async def test_bad_lines_are_listed_and_spoil_no_other(client: httpx2.AsyncClien
     assert [item["key"] for item in stored] == [item["key"] for item in good]
 
 
-async def test_a_file_for_another_library_is_refused_at_once(
-    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_file_for_another_library_is_refused_at_once(client: httpx2.AsyncClient, statements: list[str]) -> None:
     """Not document by document: two statements tell of all of them."""
     await library(client)
-    statements: list[str] = []
-    rows = database.rows
-
-    async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        statements.append(statement)
-        return await rows(connection, statement, *parameters)
-
-    monkeypatch.setattr(database, "rows", counted)
     found = await send(client, lines(*[entry(f"k{n}", [1.0]) for n in range(200)]))
     assert found[-1]["failed"] == 200
     assert sum("write_documents" in statement or "refused" in statement for statement in statements) == 2

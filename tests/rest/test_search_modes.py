@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from pgshelf import database
 from pgshelf.searching import EMBEDDER
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
@@ -116,18 +115,10 @@ async def test_a_question_is_searched_both_ways(client: httpx2.AsyncClient) -> N
 
 
 async def test_an_embedder_is_asked_for_once(
-    database_url: str, make_settings: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
+    database_url: str, make_settings: Any, make_client: Any, statements: list[str]
 ) -> None:
     """A process remembers it for questions; a library that was made anew under the name has its own."""
     client = await make_client(make_settings(database_url, worker_enabled=False))
-    statements: list[str] = []
-    rows = database.rows
-
-    async def counted(connection: Any, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        statements.append(statement)
-        return await rows(connection, statement, *parameters)
-
-    monkeypatch.setattr(database, "rows", counted)
 
     async def asked() -> list[bool]:
         statements.clear()
