@@ -92,5 +92,17 @@ async def test_a_body_may_take_as_long_as_it_takes_while_it_comes() -> None:
     assert await received(pieces(1, 0.1, 5), 0.2, stream=True) == 5  # an import may trickle
 
 
+async def test_a_body_is_over_when_all_of_it_has_come() -> None:
+    """granian says so in a part of its own, which would be waited for."""
+    parts = [{"type": "http.request", "body": b"xx", "more_body": True} for _ in range(3)]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    waiting: Any = patient(receive, 1, length=4)
+    assert [(await waiting())["more_body"] for _ in range(2)] == [True, False]
+    assert len(parts) == 1
+
+
 def test_there_are_bodies_among_the_kinds() -> None:
     assert sum("body" in kind or kind == "never ends" for kind in KINDS) == 4

@@ -28,7 +28,8 @@ def patience(settings: Settings) -> Callable[[ASGIApp], ASGIApp]:
         async def impatient(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == ScopeType.HTTP:
                 handler: Any = scope["route_handler"]
-                receive = patient(receive, settings.body_timeout, stream=handler.media_type == NDJSON)
+                length = next((int(value) for name, value in scope["headers"] if name == b"content-length"), None)
+                receive = patient(receive, settings.body_timeout, stream=handler.media_type == NDJSON, length=length)
             await app(scope, receive, send)
 
         return impatient
@@ -66,10 +67,11 @@ def _noticed(asked: asyncio.Task[Any]) -> None:
         asked.exception()
 
 
-def patient(receive: Receive, seconds: float, *, stream: bool = False) -> Receive:
+def patient(receive: Receive, seconds: float, *, stream: bool = False, length: int | None = None) -> Receive:
     """A `receive` that gives up when nothing has come for so long, or, but for a stream, too little in all.
 
-    Once the body is there it waits as long as it is asked to: then only the end of the connection can come.
+    Once the body is there it waits as long as it is asked to: then only the end of the connection can come. Where the
+    `length` of the body was told its last part says that it is the last: granian says so in an empty one behind it.
     """
     begun: float | None = None
     came, ended = 0, False
@@ -90,6 +92,8 @@ def patient(receive: Receive, seconds: float, *, stream: bool = False) -> Receiv
             raise Problem("request_timeout", detail) from None
         if message["type"] == "http.request":
             came += len(message.get("body", b""))
+            if came == length:
+                message["more_body"] = False
         ended = not message.get("more_body", False)
         return message
 

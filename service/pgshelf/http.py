@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import re
 import time
 import uuid
@@ -16,7 +17,6 @@ from urllib.parse import unquote
 import msgspec
 from litestar import Request, Response
 from litestar.config.cors import CORSConfig
-from litestar.datastructures import MutableScopeHeaders
 from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
@@ -247,7 +247,7 @@ class Edge:
         notes.set(told)
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        request_id = sent if REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
         scope["pgshelf_request_id"] = request_id  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
         # keys may hold "/" as %2F, so routing must see the path undecoded; decode_path does the rest
         if raw := scope.get("raw_path"):
@@ -265,15 +265,18 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                out = MutableScopeHeaders.from_message(message)
-                if "GET" in out.get("allow", ""):
-                    out["allow"] += ", HEAD"
-                out["X-Request-Id"] = request_id
-                out.update(known.get("pgshelf_headers", {}))
+                told_of = {"X-Request-Id": request_id, **known.get("pgshelf_headers", {})}
                 if token := consistency.newest():
-                    out[consistency.TOKEN] = token
+                    told_of[consistency.TOKEN] = token
                 spent["total"] = (time.perf_counter() - started) * 1000
-                out["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
+                told_of["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
+                message["headers"] = [
+                    *(
+                        (name, value + b", HEAD" if name == b"allow" and b"GET" in value else value)
+                        for name, value in message["headers"]
+                    ),
+                    *((name.lower().encode(), value.encode("latin-1")) for name, value in told_of.items()),
+                ]
             elif head and message["type"] == "http.response.body":
                 message["body"] = b""
             await send(message)

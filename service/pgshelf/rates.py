@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import math
 import re
@@ -206,6 +207,7 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
     return getattr(found, "ipv4_mapped", None) or found
 
 
+@functools.lru_cache(1000)
 def _block(address: str) -> str:
     """An IPv4 address, or the /64 of an IPv6 one, which is what one customer has."""
     found = _parsed(address)

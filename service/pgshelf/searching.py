@@ -329,8 +329,6 @@ async def search(
         return answer, states
 
     answer = await cache.answer([library], data, "no-store" if data.explain else control, find, SearchAnswer)
-    if answer.cached:
-        note(strategy="cached")
     answer.took_ms = milliseconds(started)
     return answer
 

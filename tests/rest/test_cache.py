@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import count
 from typing import Any
 
 import httpx2
+import msgspec
 import psycopg
 import pytest
 import pytest_asyncio
 
-from pgshelf import search, searching
+from pgshelf import query_cache, search, searching
 from pgshelf.app import create_app
 from pgshelf.settings import Settings
 from tests.cohere_server import CohereServer
 from tests.conftest import _lifespan
-from tests.rest.asking import at, document, library, local, ok, problem, until
+from tests.rest.asking import at, bearer, document, key, library, local, ok, problem, until
 
 Api = httpx2.AsyncClient
 Connection = psycopg.Connection[Any]
@@ -252,6 +254,59 @@ async def test_searches_that_differ_are_answered_each(api: Api, sql: Connection)
     assert [(await here.ask(huge))["cached"] for _ in range(2)] == [False, False]
     explained = [await here.search(explain=True) for _ in range(2)]
     assert [answer["cached"] for answer in explained] == [False, False]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_is_known_again_as_it_stands(api: Api, sql: Connection) -> None:
+    """Byte for byte, without being read; said otherwise it is read, and known by what it says."""
+    here = await place(api, sql)
+    told = {"vector": [1, 1, 1], "facets": ["n"], "total": True}
+    packed, plain = {"Accept": "application/msgpack"}, {"Content-Type": "application/json"}
+    usual, spaced = (json.dumps(told, separators=separators).encode() for separators in ((",", ":"), (", ", ": ")))
+
+    async def ask(body: bytes, **headers: str) -> tuple[bool, bool, Any]:
+        """Whether it was read, whether the answer was kept, and the answer."""
+        answer = await api.post(f"{here.path}/search", content=body, headers={**plain, **headers})
+        assert answer.status_code == 200, answer.text
+        packing = "msgpack" in answer.headers["content-type"]
+        said = msgspec.msgpack.decode(answer.content) if packing else answer.json()
+        assert said.pop("took_ms") > 0
+        return "decode;" in answer.headers["server-timing"], said.pop("cached"), said
+
+    first = await ask(usual)
+    answers = [await ask(usual), await ask(spaced), await ask(usual, **packed), await ask(usual)]
+    assert first[:2] == (True, False)
+    assert [answer[:2] for answer in answers] == [(False, True), (True, True), (True, True), (False, True)]
+    assert all(answer[2] == first[2] for answer in answers)
+    assert (await ask(usual, **{"Cache-Control": "no-cache"}))[:2] == (True, False)
+    await CHANGES["put_document"](here)
+    assert [(await ask(usual))[:2] for _ in range(2)] == [(True, False), (False, True)]
+    # an answer that is kept makes nothing right that is wrong
+    query = await api.post(f"{here.path}/search", content=usual, headers={**plain, "Pgshelf-Consistency": "perhaps"})
+    problem(query, 400, "validation_failed")
+    problem(await api.post(f"{here.path}/search", content=usual), 415, "unsupported_media_type")
+    long = usual + b" " * query_cache.SHORT
+    assert [(await ask(long))[:2] for _ in range(2)] == [(True, True)] * 2
+
+
+async def test_who_may_not_ask_gets_no_answer(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, worker_enabled=False, embedder="none", auth="on"))
+    secrets = [key(database_url, "root", "admin"), *(key(database_url, name, "reader", name) for name in ("a", "b"))]
+    with psycopg.connect(database_url, autocommit=True) as sql:
+        client.headers.update(bearer(secrets[0]))
+        here = await place(client, sql)
+        ok(await client.patch(here.path, json={"name": "a"}))
+
+        async def ask(secret: str) -> httpx2.Response:
+            found: httpx2.Response = await client.post(
+                "/v1/libraries/a/search", json=here.request, headers=bearer(secret)
+            )
+            return found
+
+        assert [ok(await ask(secrets[1]))["cached"] for _ in range(2)] == [False, True]
+        problem(await ask(secrets[2]), 404, "library_not_found")
+        sql.execute("select pgshelf.revoke_key('a')")
+        problem(await ask(secrets[1]), 401, "key_revoked")
 
 
 @pytest.mark.asyncio(loop_scope="module")
