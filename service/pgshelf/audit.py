@@ -88,7 +88,7 @@ async def list_audit(
         query = query.where(tuple_(audit_log.c.at, audit_log.c.id) < (moment, last))
     async with database.transaction(engine) as connection:
         query = query.order_by(audit_log.c.at.desc(), audit_log.c.id.desc()).limit(size + 1)
-        found = [AuditEntry(*row) for row in await connection.execute(query)]
+        found = [AuditEntry(*row.values()) for row in await database.execute(connection, query)]
     more = found[size - 1] if len(found) > size else None
     return Page(found[:size], cursor(more.at, more.id) if more else None)
 

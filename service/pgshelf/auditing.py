@@ -10,9 +10,10 @@ from uuid import UUID
 
 import msgspec
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
+from pgshelf.connections import Connection
 
 log = logging.getLogger("pgshelf.audit")
 
@@ -90,7 +91,7 @@ def beside(entry: Entry, statement: str, document: str) -> tuple[str, list[Any]]
     return both, parameters
 
 
-async def add(connection: AsyncConnection, entry: Entry) -> None:
+async def add(connection: Connection, entry: Entry) -> None:
     """Write a row in the transaction of what it tells of."""
     await database.rows(connection, ADD, *msgspec.structs.astuple(entry))
 

@@ -10,9 +10,9 @@ import psycopg
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import bulk
+from pgshelf.connections import Connection
 from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import invalid, problem_of
 from pgshelf.http import Answer, Config, Engine, LibraryName, Wait, problems
@@ -78,12 +78,12 @@ async def add_documents(
                 if problem and item.prepared and any(vector is None for vector in item.prepared.vectors):
                     item.refuse(problem)
 
-        async def write(connection: AsyncConnection) -> Answer[DocumentResults]:
+        async def write(connection: Connection) -> Answer[DocumentResults]:
             await bulk.write(connection, config, items)
             once.note(count=sum(item.problem is None for item in items))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
-        async def write_whole(connection: AsyncConnection) -> Answer[DocumentResults]:
+        async def write_whole(connection: Connection) -> Answer[DocumentResults]:
             await bulk.write_whole(connection, config, items, lambda text: once.recording(text, count=len(items)))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 

@@ -10,9 +10,10 @@ import msgspec
 import psycopg
 from msgspec import Meta
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
+from pgshelf.connections import Connection
 from pgshelf.embedders import TextRefused
 from pgshelf.embedding import LibraryConfig, embed_for_writing
 from pgshelf.errors import Problem, problem_of, problem_of_state
@@ -119,7 +120,7 @@ Recording = Callable[[str], tuple[str, list[Any]]]  # a statement to one that wr
 
 
 async def write_whole(
-    connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item], recording: Recording
+    connection: Connection, config: LibraryConfig, items: Sequence[Item], recording: Recording
 ) -> None:
     """Write all documents, whose keys differ, in one statement, or none: raises what the first that is wrong raises."""
     statement, recorded = recording(WRITE)
@@ -133,7 +134,7 @@ def is_whole(items: Sequence[Item]) -> bool:
     return len(set(keys)) == len(keys) and all(item.prepared for item in items)
 
 
-async def write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
+async def write(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> None:
     """Write all documents that can be, within the transaction of `connection`, and note what became of each.
 
     They are written as if one by one, in order. Raises what is no document's own fault, such as PS041 when the library
@@ -153,12 +154,12 @@ async def write(connection: AsyncConnection, config: LibraryConfig, items: Seque
     await _write(connection, config, wave)
 
 
-async def _write(connection: AsyncConnection, config: LibraryConfig, items: Sequence[Item]) -> None:
+async def _write(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> None:
     if not items:
         return
     parameters = _parameters(config, items)
     try:
-        async with connection.begin_nested():
+        async with database.savepoint(connection):
             rows = await database.rows(connection, WRITE, *parameters)
     except (psycopg.Error, UnicodeError) as error:
         problem = problem_of(error)

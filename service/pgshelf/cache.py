@@ -9,9 +9,9 @@ from litestar import Router, delete, get
 from litestar.di import NamedDependency
 from litestar.params import QueryParameter, SkipValidation
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import counts, database
+from pgshelf.connections import Connection
 from pgshelf.counts import Folder
 from pgshelf.http import Answer, Config, problems
 from pgshelf.idempotency import Write
@@ -70,7 +70,7 @@ async def clear_cache(once: Write, cache: Kept, library: Whose = None) -> Answer
     """Forget what was found so far, in every process; each gives back the memory when it comes upon an answer."""
     once.note(library=library)
 
-    async def clear(connection: AsyncConnection) -> Answer[None]:
+    async def clear(connection: Connection) -> Answer[None]:
         await database.rows(connection, "select pgshelf.forget_answers(%s)", library)
         return Answer(None, status_code=204)
 

@@ -12,9 +12,9 @@ from litestar.params import JSONBody, QueryParameter
 from msgspec import Meta
 from pgvector import Vector
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
+from pgshelf.connections import Connection
 from pgshelf.embedding import asked_again, embed_for_writing, library_config
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
@@ -163,7 +163,7 @@ async def update_chunk(
             else:
                 await embed_for_writing(engine, settings, config, [], [], [data.text])
 
-        async def change(connection: AsyncConnection) -> Answer[Chunk]:
+        async def change(connection: Connection) -> Answer[Chunk]:
             rows = await database.rows(
                 connection,
                 f"select {COLUMNS} from pgshelf.patch_chunk(pgshelf.embedded_with(%s, %s), %s, %s, %b, %s) c",  # noqa: S608 - put together from constants
@@ -189,7 +189,7 @@ async def delete_chunk(library: LibraryName, chunk: ChunkId, once: Write) -> Ans
     """Delete a chunk; the ordinals of the others stay."""
     chunk_id = _id(chunk)
 
-    async def remove(connection: AsyncConnection) -> Answer[None]:
+    async def remove(connection: Connection) -> Answer[None]:
         delete_it = "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)"
         await database.rows(connection, delete_it, library, chunk_id)
         return Answer(None, status_code=204)

@@ -7,14 +7,19 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import psycopg
 import sqlalchemy
+from psycopg.pq import TransactionStatus
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql.psycopg import dialect as psycopg_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from pgshelf.connections import Connection, is_lost, is_stale
 from pgshelf.consistency import Position, committed
@@ -23,6 +28,7 @@ from pgshelf.pools import renew
 from pgshelf.timing import stage
 
 RETRIES = 3
+CORE = psycopg_dialect()  # type: ignore[no-untyped-call]
 T = TypeVar("T")
 RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 # How far the WAL is that a commit has just flushed. What others have written and not flushed does not count: no standby
@@ -45,7 +51,7 @@ class Reads(Protocol):
 
     primary: AsyncEngine
 
-    async def retried(self, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
+    async def retried(self, work: Callable[[Connection], Awaitable[T]], *, single: bool = False) -> T:
         """Do `work`, which changes nothing, on a server that is fresh enough; on another one where that fails."""
 
 
@@ -59,21 +65,24 @@ def primary(source: Source) -> AsyncEngine:
 
 @asynccontextmanager
 async def transaction(
-    engine: AsyncEngine, *, single: bool = False, written: bool = False
-) -> AsyncIterator[AsyncConnection]:
-    """A transaction; what the driver raises comes out as it is, without SQLAlchemy's wrapping.
+    engine: AsyncEngine, *, single: bool = False, written: bool = False, snapshot: bool = False
+) -> AsyncIterator[Connection]:
+    """A transaction on a connection of the pool; what the driver raises comes out as it is.
 
     A `single` statement is a transaction by itself and is spared the round trips of BEGIN and COMMIT. What is
     `written` for a client is answered truthfully: where nobody knows whether it was committed, that is what is said.
+    All statements of a `snapshot` see the same.
     """
     try:
         with stage("sql"):
-            async with _of_single_statements(engine).connect() if single else engine.begin() as connection:
+            async with _lent(engine, single=single, snapshot=snapshot) as connection:
                 if written:
                     async with _settled(connection, single=single):
                         yield connection
                 else:
                     yield connection
+                    if not single:
+                        await connection.commit()
     except PoolTimeout:
         detail = f"No connection became free in time ({engine.pool.status()}). Try again, or raise PGSHELF_POOL_SIZE."
         raise Problem("pool_exhausted", detail) from None
@@ -89,43 +98,75 @@ async def transaction(
 
 
 @asynccontextmanager
-async def _settled(connection: AsyncConnection, *, single: bool) -> AsyncIterator[None]:
+async def _lent(engine: AsyncEngine, *, single: bool, snapshot: bool) -> AsyncIterator[Connection]:
+    """A connection of the pool, as the driver has it: SQLAlchemy's own takes as long as a short statement."""
+    place = await greenlet_spawn(engine.pool.connect)
+    connection = place.driver_connection
+    assert isinstance(connection, Connection)  # noqa: S101 - narrows the type: make_engine opens them
+    try:
+        if single:
+            await connection.set_autocommit(True)
+        elif snapshot:
+            await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+        yield connection
+    finally:
+        if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+            await _give_back(place, connection)
+        else:  # it failed or was cancelled, and may be again
+            await asyncio.shield(asyncio.create_task(_give_back(place, connection)))
+
+
+async def _give_back(place: PoolProxiedConnection, connection: Connection) -> None:
+    """As it was: without a transaction, and with the settings of the pool; what cannot be so is replaced."""
+    try:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+            await connection.rollback()
+        if connection.autocommit:
+            await connection.set_autocommit(False)
+        if connection.isolation_level is not None:
+            await connection.set_isolation_level(None)
+    except psycopg.Error as error:
+        await greenlet_spawn(place.invalidate, error)
+    else:
+        place.close()
+
+
+@asynccontextmanager
+async def _settled(connection: Connection, *, single: bool) -> AsyncIterator[None]:
     """Commit what the block writes, or say that nobody knows, and note where it was committed."""
-    driver = await driver_of(connection)
-    driver.unconfirmed = False
-    noting = driver.system is not None and committed.get() is not None
+    connection.unconfirmed = False
+    noting = connection.system is not None and committed.get() is not None
     committing = single
     try:
         if single:
             # the statement has a limit in the server; its wait for standbys has none there
-            async with asyncio.timeout(driver.patience + 2):
+            async with asyncio.timeout(connection.patience + 2):
                 yield
             if noting:
-                await _note(driver, POSITION)
+                await _note(connection, POSITION)
         else:
             yield
             committing = True
-            async with asyncio.timeout(driver.patience):
+            async with asyncio.timeout(connection.patience):
                 # both in one round trip
-                await (_note(driver, b"commit; " + POSITION) if noting else driver.commit())
-    except (TimeoutError, DBAPIError, psycopg.Error) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        if committing and (isinstance(cause, TimeoutError) or is_lost(cause)):
-            await connection.invalidate()  # to roll back on it would fail, and hide this
-            raise Problem("write_outcome_unknown", UNCONFIRMED if driver.unconfirmed else UNKNOWN) from None
+                await (_note(connection, b"commit; " + POSITION) if noting else connection.commit())
+    except (TimeoutError, psycopg.Error) as error:
+        if committing and (isinstance(error, TimeoutError) or is_lost(error)):
+            await connection.close()  # to roll back on it would wait
+            raise Problem("write_outcome_unknown", UNCONFIRMED if connection.unconfirmed else UNKNOWN) from None
         raise
-    if driver.unconfirmed:
+    if connection.unconfirmed:
         raise Problem("write_outcome_unknown", UNCONFIRMED)
 
 
-async def _note(driver: Connection, statement: bytes) -> None:
+async def _note(connection: Connection, statement: bytes) -> None:
     """Run what ends in POSITION, and remember the answer for the client."""
-    cursor = await driver.execute(statement, prepare=False)
+    cursor = await connection.execute(statement, prepare=False)
     while cursor.nextset():
         pass
     row, positions = await cursor.fetchone(), committed.get()
-    if row is not None and positions is not None and driver.system is not None:
-        positions[:] = [max([*positions, Position(driver.system % 2**64, int(row[0][:8], 16), row[1])])]
+    if row is not None and positions is not None and connection.system is not None:
+        positions[:] = [max([*positions, Position(connection.system % 2**64, int(row[0][:8], 16), row[1])])]
 
 
 async def note_position(engine: AsyncEngine) -> None:
@@ -134,33 +175,40 @@ async def note_position(engine: AsyncEngine) -> None:
         pass
 
 
-async def driver_of(connection: AsyncConnection) -> Connection:
-    """The driver's own connection."""
-    driver = (await connection.get_raw_connection()).driver_connection
-    assert isinstance(driver, Connection)  # noqa: S101 - narrows the type: make_engine opens them
-    return driver
+@asynccontextmanager
+async def savepoint(connection: Connection) -> AsyncIterator[None]:
+    """Of what fails inside nothing stays, and the transaction goes on."""
+    await connection.execute("savepoint inside")
+    try:
+        yield
+    except Exception:
+        if not connection.closed:
+            await connection.execute("rollback to savepoint inside")
+        raise
+    await connection.execute("release savepoint inside")
 
 
-_single: WeakKeyDictionary[AsyncEngine, AsyncEngine] = WeakKeyDictionary()
-
-
-def _of_single_statements(engine: AsyncEngine) -> AsyncEngine:
-    if engine not in _single:
-        _single[engine] = engine.execution_options(isolation_level="AUTOCOMMIT")
-    return _single[engine]
-
-
-async def rows(connection: AsyncConnection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Run a statement with %s placeholders on the driver's own connection, within the transaction."""
-    driver = await driver_of(connection)
-    async with driver.cursor(binary=True) as cursor:
+async def rows(connection: Connection, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a statement with %s placeholders within the transaction."""
+    async with connection.cursor(binary=True) as cursor:
         await cursor.execute(statement.encode(), parameters)
         # not `description`, which makes an object of each column
         return await cursor.fetchall() if cursor.pgresult is not None and cursor.pgresult.nfields else []
 
 
+async def execute(connection: Connection, statement: sqlalchemy.Executable) -> list[dict[str, Any]]:
+    """Run a statement of SQLAlchemy's that gives rows within the transaction; a row has its values by their columns."""
+    compiled = statement.compile(dialect=CORE)  # type: ignore[attr-defined]  # whatever is executable compiles
+    given = {
+        name: Jsonb(value) if isinstance(compiled.binds[name].type, JSONB) else value
+        for name, value in compiled.params.items()
+    }
+    async with connection.cursor(binary=True, row_factory=dict_row) as cursor:
+        return await (await cursor.execute(str(compiled).encode(), given)).fetchall()
+
+
 async def retried(
-    source: Source, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False, written: bool = False
+    source: Source, work: Callable[[Connection], Awaitable[T]], *, single: bool = False, written: bool = False
 ) -> T:
     """Do `work` in a transaction; after a deadlock, a serialization failure or a stale connection in another one."""
     if not isinstance(source, AsyncEngine):

@@ -14,9 +14,10 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, limits
+from pgshelf.connections import Connection
 from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
@@ -175,7 +176,7 @@ async def update_document(
     patched = None if data.metadata is UNSET else limits.metadata(data.metadata, settings)
     changed = {name: value for name in ("title", "source") if (value := getattr(data, name)) is not UNSET}
 
-    async def change(connection: AsyncConnection) -> Answer[Document]:
+    async def change(connection: Connection) -> Answer[Document]:
         await database.rows(
             connection,
             "select pgshelf.patch_document(%s, %s, %s, %s, %s)",
@@ -201,7 +202,7 @@ async def delete_document(
     """Delete a document with its chunks."""
     version = wanted_version(if_match)
 
-    async def remove(connection: AsyncConnection) -> Answer[None]:
+    async def remove(connection: Connection) -> Answer[None]:
         await database.rows(connection, "select pgshelf.delete_document(%s, %s, %s)", library, document, version)
         return Answer(None, status_code=204)
 
@@ -229,7 +230,7 @@ async def _write(
     async def prepare_and_write() -> tuple[Prepared, Answer[Document]]:
         prepared = await prepare(engine, settings, library, document_id, data, wait)
 
-        async def write(connection: AsyncConnection) -> Answer[Document]:
+        async def write(connection: Connection) -> Answer[Document]:
             nonlocal made
             statement, recorded = once.recording(WRITE, WRITTEN_DOCUMENT, library=str(prepared.library.id))
             *columns, created, pending = (
@@ -253,7 +254,7 @@ async def _write(
     return answer
 
 
-async def _read(connection: AsyncConnection, library: str, document: str) -> Document:
+async def _read(connection: Connection, library: str, document: str) -> Document:
     rows = await database.rows(
         connection,
         f"""with l as materialized (select pgshelf.library_named(%s) as l)

@@ -10,9 +10,9 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import Meta
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
+from pgshelf.connections import Connection
 from pgshelf.embedder_choice import EmbedderChoice, EmbedderUsed, chosen
 from pgshelf.embedding import library_config
 from pgshelf.errors import Problem
@@ -84,7 +84,7 @@ async def put_embedder(
     if wanted["provider"] == "none" and wanted != used:
         raise Problem("no_embedder", NO_WAY_TO_NONE)
 
-    async def want(connection: AsyncConnection) -> Answer[EmbedderState]:
+    async def want(connection: Connection) -> Answer[EmbedderState]:
         asked = await database.rows(connection, "select pgshelf.want_embedder(%s, %s)", library, Jsonb(wanted))
         state = _state((await database.rows(connection, STATUS, library))[0])
         return Answer(state, status_code=202 if asked[0][0] else 200)
@@ -103,7 +103,7 @@ async def put_embedder(
 async def cancel_embedder(library: LibraryName, once: Write) -> Answer[EmbedderState]:
     """Call off a change of the embedder: the library keeps the one in use, which may be the new one already."""
 
-    async def cancel(connection: AsyncConnection) -> Answer[EmbedderState]:
+    async def cancel(connection: Connection) -> Answer[EmbedderState]:
         cancelled = await database.rows(connection, "select pgshelf.cancel_embedder(%s)", library)
         once.note(count=int(cancelled[0][0]))
         return Answer(_state((await database.rows(connection, STATUS, library))[0]), status_code=200)

@@ -12,9 +12,9 @@ import msgspec
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
+from pgshelf.connections import Connection
 from pgshelf.http import Answer, Config, Engine, LibraryName, as_id, problems
 from pgshelf.idempotency import Write
 from pgshelf.ingest import DocumentInput, prepare
@@ -70,7 +70,7 @@ async def add_event(
     about, texts = prepared.parameters[6:8]
     sent = hashlib.sha256(json.dumps([data.text, data.metadata], sort_keys=True).encode()).digest()
 
-    async def add(connection: AsyncConnection) -> Answer[EventTaken]:
+    async def add(connection: Connection) -> Answer[EventTaken]:
         found = await database.rows(connection, ADD, prepared.library.id, key, sent, about, texts)
         document_id, duplicate = found[0]
         once.note(document=key, count=int(not duplicate))

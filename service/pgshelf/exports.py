@@ -89,8 +89,7 @@ async def _one_of_half(engine: AsyncEngine) -> AsyncIterator[None]:
 
 async def _lines(engine: AsyncEngine, library: str, condition: Any, embeddings: bool) -> AsyncIterator[bytes]:
     """The export in pieces; a slow client is waited for, as long as a transaction may idle."""
-    snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
-    async with _one_of_half(engine), database.transaction(snapshot) as connection:
+    async with _one_of_half(engine), database.transaction(engine, snapshot=True) as connection:
         await database.rows(connection, "select pgshelf.open_export(%s, %s, %s)", library, condition, embeddings)
         begun, inside = False, False  # whether there is a line before, and whether it has a chunk
         while rows := await database.rows(connection, FETCH):

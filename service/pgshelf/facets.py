@@ -8,9 +8,9 @@ import msgspec
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters
+from pgshelf.connections import Connection
 from pgshelf.http import Config, LibraryName, Reader, problems
 from pgshelf.searching import FacetValue, Filter
 
@@ -61,7 +61,7 @@ async def count_facets(
     condition = filters.parameter(data.filter, settings)
     names = list(dict.fromkeys(data.attributes))
 
-    async def count(connection: AsyncConnection) -> FacetsAnswer:
+    async def count(connection: Connection) -> FacetsAnswer:
         rows = await database.rows(connection, STATEMENT, library, condition, names, library, condition, data.limit)
         found: dict[str, list[FacetValue]] = {name: [] for name in names}
         for name, value, documents, _ in rows:

@@ -10,9 +10,9 @@ from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters, limits
+from pgshelf.connections import Connection
 from pgshelf.errors import invalid
 from pgshelf.http import Answer, Config, LibraryName, Reader, page_size, problems
 from pgshelf.idempotency import Write
@@ -113,7 +113,7 @@ async def query_documents(
     sort = Jsonb(msgspec.to_builtins(data.sort))
     after = None if data.after is None else Jsonb(_keys(data.after))
 
-    async def query(connection: AsyncConnection) -> DocumentsFound:
+    async def query(connection: Connection) -> DocumentsFound:
         rows = await database.rows(connection, QUERY, library, condition, sort, after, size + 1)
         items = [document_of(row[:-1]) for row in rows[:size]]
         found = DocumentsFound(items, _after(rows[size - 1][-1]) if len(rows) > size else None)
@@ -139,7 +139,7 @@ async def update_documents(
     """Change the metadata of all documents that match, in one transaction; their chunks stay."""
     condition, changes = filters.parameter(data.filter, settings), limits.metadata(data.patch, settings, "patch")
 
-    async def change(connection: AsyncConnection) -> Answer[Affected]:
+    async def change(connection: Connection) -> Answer[Affected]:
         rows = await database.rows(
             connection,
             "select pgshelf.update_documents(%s, %s, %s, %s, %s)",
@@ -165,7 +165,7 @@ async def delete_documents(
     """Delete all documents that match, with their chunks, in one transaction."""
     condition = filters.parameter(data.filter, settings)
 
-    async def remove(connection: AsyncConnection) -> Answer[Affected]:
+    async def remove(connection: Connection) -> Answer[Affected]:
         rows = await database.rows(
             connection,
             "select pgshelf.delete_documents(%s, %s, %s, %s)",

@@ -13,10 +13,11 @@ from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, SkipValidation
 from litestar.serialization import default_serializer
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import auditing, database
 from pgshelf.access import Caller, Principal
+from pgshelf.connections import Connection
 from pgshelf.errors import Problem
 from pgshelf.http import Answer, Config, Engine
 
@@ -32,7 +33,7 @@ Key = Annotated[
         "request is not carried out again: it gets the first answer, marked `Idempotent-Replayed: true`.",
     ),
 ]
-Work = Callable[[AsyncConnection], Awaitable[Answer[Any]]]
+Work = Callable[[Connection], Awaitable[Answer[Any]]]
 # Whoever comes second waits here until the first has committed and left its answer, or has failed.
 CLAIM = """
 insert into pgshelf.idempotency_keys as k (scope, key, request) values (%s, %s, %s)
@@ -60,7 +61,7 @@ class Once:
         if self.entry is not None:
             self.entry = msgspec.structs.replace(self.entry, **facts)
 
-    async def record(self, connection: AsyncConnection) -> None:
+    async def record(self, connection: Connection) -> None:
         """Write into the audit log what the transaction of `connection` has done."""
         if self.entry is not None and self.entry.count:
             await auditing.add(connection, self.entry)
@@ -79,7 +80,7 @@ class Once:
         Work that is `recording` writes its row of the audit log itself.
         """
 
-        async def recorded(connection: AsyncConnection) -> Answer[Any]:
+        async def recorded(connection: Connection) -> Answer[Any]:
             answer = await work(connection)
             if not recording:
                 await self.record(connection)
@@ -89,7 +90,7 @@ class Once:
             single = single and (recording or self.entry is None)
             return await database.retried(self.engine, recorded, single=single, written=True)
 
-        async def claimed(connection: AsyncConnection) -> Answer[Any]:
+        async def claimed(connection: Connection) -> Answer[Any]:
             try:
                 found = (await database.rows(connection, CLAIM, self.owner, self.key, self.request))[0]
             except psycopg.errors.LockNotAvailable:

@@ -18,9 +18,10 @@ from litestar.exceptions import InternalServerException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import bulk, consistency, database
+from pgshelf.connections import Connection
 from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import NDJSON, Config, Duplex, Engine, LibraryName, problems
@@ -320,7 +321,7 @@ class Import:
         # a batch is bounded, so it may take what it takes: rows go slowly into an index that is there
         going_on = "select set_config('statement_timeout', '0', true), pgshelf.continue_import(%s, %s, %s, %s, %s)"
 
-        async def write(connection: AsyncConnection) -> None:
+        async def write(connection: Connection) -> None:
             await database.rows(connection, going_on, self.id, self.runner, LEASE, part.last, part.checksum)
             await bulk.write(connection, self.library, part.items)
             self.audited.note(count=sum(item.problem is None for item in part.items))

@@ -10,9 +10,9 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import Meta
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
+from pgshelf.connections import Connection
 from pgshelf.http import Answer, Config, Engine, LibraryName, problems
 from pgshelf.idempotency import Write
 from pgshelf.index_choice import IndexChoice
@@ -94,7 +94,7 @@ async def put_index(library: LibraryName, data: JSONBody[IndexChoice], once: Wri
     Asking once more for what has failed tries again at once.
     """
 
-    async def want(connection: AsyncConnection) -> Answer[Index]:
+    async def want(connection: Connection) -> Answer[Index]:
         ask = "select pgshelf.want_index(%s, %s, %s)"
         asked = await database.rows(connection, ask, library, Jsonb(data.wanted()), settings.promote_at)
         found = await database.rows(connection, STATUS, library, settings.index_memory_bytes)

@@ -11,10 +11,10 @@ from litestar import Router, delete, get, post
 from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy import select, tuple_
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import credentials, database
 from pgshelf.access import Caller, canonical
+from pgshelf.connections import Connection
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import After, Answer, Config, Engine, Limit, Page, as_id, cursor, page_size, position, problems
 from pgshelf.idempotency import Audited, Write
@@ -146,7 +146,7 @@ async def create_key(data: JSONBody[CreateKey], audited: Audited, settings: Conf
     given = [data.name, data.role, stored_scope(data.libraries), data.expires_at, made.hash, made.hint]
     audited.note(detail=data.name)
 
-    async def create(connection: AsyncConnection) -> Answer[NewKey]:
+    async def create(connection: Connection) -> Answer[NewKey]:
         [row] = await database.rows(connection, statement, *given)
         headers = {**SECRET_ANSWER, "Location": f"{settings.api_prefix}/keys/{row[0]}"}
         return Answer(NewKey(**_fields(row), secret=made.secret), status_code=201, headers=headers)
@@ -174,7 +174,7 @@ async def list_keys(
         query = query.where(tuple_(keys.c.created_at, keys.c.id) > (moment, last))
     async with database.transaction(engine) as connection:
         query = query.order_by(keys.c.created_at, keys.c.id).limit(size + 1)
-        rows = [tuple(row) for row in await connection.execute(query)]
+        rows = [tuple(row.values()) for row in await database.execute(connection, query)]
         secrets = await database.rows(connection, SECRETS, [row[0] for row in rows])
     found = [_key(row, secrets) for row in rows]
     more = found[size - 1] if len(found) > size else None
@@ -205,7 +205,7 @@ async def get_key(key: KeyName, engine: Engine) -> Key:
 async def revoke_key(key: KeyName, once: Write) -> Answer[None]:
     """End a key and all its tokens, at once in every process of every server."""
 
-    async def revoke(connection: AsyncConnection) -> Answer[None]:
+    async def revoke(connection: Connection) -> Answer[None]:
         await database.rows(connection, "select pgshelf.revoke_key(%s)", key)
         return Answer(None, status_code=204)
 
@@ -229,7 +229,7 @@ async def rotate_key(key: KeyName, data: JSONBody[RotateKey], audited: Audited) 
     statement = f"select {FIELDS} from pgshelf.rotate_key(%s, %s, %s, %s, %s, %s) k"  # noqa: S608 - constants
     given = [key, made.hash, made.hint, timedelta(seconds=data.overlap), ends, renewed]
 
-    async def rotate(connection: AsyncConnection) -> Answer[NewKey]:
+    async def rotate(connection: Connection) -> Answer[NewKey]:
         [row] = await database.rows(connection, statement, *given)
         return Answer(NewKey(**_fields(row), secret=made.secret), status_code=200, headers=dict(SECRET_ANSWER))
 
@@ -260,7 +260,7 @@ async def create_token(
     statement = "select pgshelf.issue_token(%s, %s, %s, %s, %s, %s)"
     given = [principal.hash, made.hash, made.hint, role, scope, lifetime]
 
-    async def issue(connection: AsyncConnection) -> Answer[Token]:
+    async def issue(connection: Connection) -> Answer[Token]:
         [(ends,)] = await database.rows(connection, statement, *given)
         token = Token(made.secret, role, scope or ["*"], ends)
         return Answer(token, status_code=201, headers=dict(SECRET_ANSWER))

@@ -13,10 +13,10 @@ from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 from psycopg.types.json import Jsonb
 from sqlalchemy import insert, select, tuple_, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, limits
 from pgshelf.access import Caller
+from pgshelf.connections import Connection
 from pgshelf.embedder_choice import Dimension, EmbedderChoice, EmbedderUsed, chosen
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import (
@@ -202,12 +202,13 @@ async def create_library(data: JSONBody[CreateLibrary], once: Write, settings: C
     if values["index"]["type"] != "auto":
         values["index_state"] = "building"  # every other type has a shelf of its own, which the worker makes
 
-    async def create(connection: AsyncConnection) -> Answer[Library]:
+    async def create(connection: Connection) -> Answer[Library]:
         await _check_language(connection, data.language)
         check = "select pgshelf.check_index(%s, %s, %s)"
         await database.rows(connection, check, Jsonb(values["index"]), dimension, data.metric)
         await database.rows(connection, "select pgshelf.check_attributes(%s)", Jsonb(data.attributes))
-        library = _library((await connection.execute(insert(libraries).values(values).returning(*COLUMNS))).one())
+        [row] = await database.execute(connection, insert(libraries).values(values).returning(*COLUMNS))
+        library = _library(row)
         once.note(library=str(library.id))
         return Answer(library, status_code=201, headers={"Location": f"{settings.api_prefix}/libraries/{library.id}"})
 
@@ -232,8 +233,8 @@ async def list_libraries(
         query = query.where(tuple_(libraries.c.created_at, libraries.c.id) > (moment, last))
     query = query.order_by(libraries.c.created_at, libraries.c.id).limit(size + 1)
 
-    async def listed(connection: AsyncConnection) -> list[Library]:
-        return [_library(row) for row in await connection.execute(query)]
+    async def listed(connection: Connection) -> list[Library]:
+        return [_library(row) for row in await database.execute(connection, query)]
 
     found = await database.retried(reader, listed, single=True)
     more = found[size - 1] if len(found) > size else None
@@ -264,14 +265,15 @@ async def update_library(
 ) -> Answer[Library]:
     """Change name, description, chunking, metadata or attributes; chunking counts for documents written from now on."""
 
-    async def change(connection: AsyncConnection) -> Answer[Library]:
+    async def change(connection: Connection) -> Answer[Library]:
         now = await _find(connection, library, lock=True)
         values = _changes(data, now, settings)
         if data.attributes is not UNSET:
             declare = "select pgshelf.declare_attributes(%s, %s)"
             await database.rows(connection, declare, now.id, Jsonb(data.attributes or {}))
         written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
-        changed = _library((await connection.execute(written)).one())
+        [row] = await database.execute(connection, written)
+        changed = _library(row)
         limits.metadata(changed.metadata, settings)
         once.note(library=str(now.id))  # by its name it might not be found any more
         return Answer(changed, status_code=200)
@@ -304,7 +306,7 @@ def _changes(data: PatchLibrary, now: Library, settings: Settings) -> dict[str, 
 async def delete_library(library: LibraryName, once: Write) -> Answer[None]:
     """Delete a library with all its documents; it is gone at once, its space is freed in the background."""
 
-    async def remove(connection: AsyncConnection) -> Answer[None]:
+    async def remove(connection: Connection) -> Answer[None]:
         await database.rows(connection, "select pgshelf.delete_library(%s)", library)
         return Answer(None, status_code=204)
 
@@ -348,7 +350,7 @@ def _name(name: str) -> str:
     return name
 
 
-async def _check_language(connection: AsyncConnection, language: str) -> None:
+async def _check_language(connection: Connection, language: str) -> None:
     known = await database.rows(
         connection,
         "select cfgname from pg_catalog.pg_ts_config where cfgnamespace = 'pg_catalog'::regnamespace order by 1",
@@ -358,20 +360,20 @@ async def _check_language(connection: AsyncConnection, language: str) -> None:
         raise invalid("language", f"is not a text search configuration of PostgreSQL; choose one of {names}")
 
 
-async def _find(connection: AsyncConnection, library: str, *, lock: bool = False) -> Library:
+async def _find(connection: Connection, library: str, *, lock: bool = False) -> Library:
     query = select(*COLUMNS).where(libraries.c.deleted_at.is_(None))
     if (library_id := as_id(library)) is not None:
         query = query.where(libraries.c.id == library_id)
     else:
         query = query.where(libraries.c.name == library)
-    row = (await connection.execute(query.with_for_update(key_share=True) if lock else query)).one_or_none()
-    if row is None:
+    found = await database.execute(connection, query.with_for_update(key_share=True) if lock else query)
+    if not found:
         raise Problem("library_not_found", f"There is no library {library!r}.")
-    return _library(row)
+    return _library(found[0])
 
 
-def _library(row: Any) -> Library:
-    return msgspec.convert(row._mapping, Library)
+def _library(row: dict[str, Any]) -> Library:
+    return msgspec.convert(row, Library)
 
 
 router = Router(

@@ -103,6 +103,7 @@ def make_engine(
         pool_recycle=1800,
         hide_parameters=True,
         pool_use_lifo=True,  # a session that has just worked is warm
+        pool_reset_on_return=None,  # database.py gives back none with a transaction
     )
     _renew_when_stale(engine.pool)
     _ping_when_in_doubt(engine)

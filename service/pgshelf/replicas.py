@@ -13,9 +13,10 @@ import psycopg.conninfo
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, SkipValidation
 from prometheus_client import Counter
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import connections, database
+from pgshelf.connections import Connection
 from pgshelf.consistency import FORM, LEVEL, TOKEN, Level, Position
 from pgshelf.errors import Problem
 from pgshelf.http import Engine, log
@@ -112,7 +113,7 @@ class Routed(database.Reads):
         self._tried: list[Replica] = []
         self._until: float | None = None  # to wait for a replica
 
-    async def retried(self, work: Callable[[AsyncConnection], Awaitable[T]], *, single: bool = False) -> T:
+    async def retried(self, work: Callable[[Connection], Awaitable[T]], *, single: bool = False) -> T:
         """Do `work`, which changes nothing, on a replica; on the primary where that is no help."""
         for _ in range(2):
             server = self._server
@@ -134,7 +135,7 @@ class Routed(database.Reads):
         PRIMARY_READS.inc()
         return answer
 
-    async def _there(self, server: Replica, work: Callable[[AsyncConnection], Awaitable[T]], single: bool) -> T:
+    async def _there(self, server: Replica, work: Callable[[Connection], Awaitable[T]], single: bool) -> T:
         again = True
         while True:
             try:
@@ -169,20 +170,19 @@ class Routed(database.Reads):
         return self._until > now and await server.reach(wanted, self._until - now)
 
 
-async def _check(connection: AsyncConnection, wanted: Position) -> None:
+async def _check(connection: Connection, wanted: Position) -> None:
     """Make sure, on the very connection that will answer, that its server has replayed what is wanted.
 
     What a server has replayed stays replayed for as long as its connections live, so it is asked once for each step.
     The transaction is READ COMMITTED: what comes next has a snapshot of its own.
     """
-    driver = await database.driver_of(connection)
-    if driver.seen is not None and driver.seen.reached(wanted):
+    if connection.seen is not None and connection.seen.reached(wanted):
         return
     standby, timeline, lsn = (await database.rows(connection, REACHED))[0]
-    if not standby or timeline is None or lsn is None or driver.system is None:
+    if not standby or timeline is None or lsn is None or connection.system is None:
         raise _Elsewhere("behind")
-    driver.seen = Position(driver.system % 2**64, timeline, lsn)
-    if not driver.seen.reached(wanted):
+    connection.seen = Position(connection.system % 2**64, timeline, lsn)
+    if not connection.seen.reached(wanted):
         raise _Behind
 
 

@@ -14,11 +14,11 @@ import msgspec
 from litestar import Router, get, post
 from litestar.params import JSONBody
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database
 from pgshelf.backups import Backup, BackupRunning, Backups
 from pgshelf.base_backup import Job
+from pgshelf.connections import Connection
 from pgshelf.errors import Problem
 from pgshelf.http import Answer, Config, Engine, problems
 from pgshelf.idempotency import Write
@@ -136,7 +136,7 @@ async def start_backup(data: JSONBody[StartBackup], once: Write, settings: Confi
     store = _store(settings)
     claimed: list[tuple[Backup, int]] = []
 
-    async def claim(_: AsyncConnection) -> Answer[Backup]:
+    async def claim(_: Connection) -> Answer[Backup]:
         if not claimed:  # a transaction may be tried again
             claimed.append(await asyncio.to_thread(_claim, store, data.label))
         once.note(detail=claimed[0][0].id)

@@ -8,9 +8,9 @@ import msgspec
 from litestar import Router, post
 from litestar.params import JSONBody
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pgshelf import database, filters
+from pgshelf.connections import Connection
 from pgshelf.http import Answer, Config, LibraryName, problems
 from pgshelf.idempotency import Write
 from pgshelf.searching import Filter
@@ -42,7 +42,7 @@ async def retry_embeddings(
     """Let the worker try again the chunks that it gave up, of all documents or of those that match a filter."""
     condition = filters.parameter(data.filter, settings)
 
-    async def change(connection: AsyncConnection) -> Answer[Retried]:
+    async def change(connection: Connection) -> Answer[Retried]:
         rows = await database.rows(connection, "select pgshelf.retry_embeddings(%s, %s)", library, condition)
         once.note(count=rows[0][0])
         return Answer(Retried(rows[0][0]), status_code=200)

@@ -13,9 +13,10 @@ from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 from prometheus_client import Counter
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, filters, limits
+from pgshelf.connections import Connection
 from pgshelf.embedding import asked_again, embed, known_embedders
 from pgshelf.errors import invalid
 from pgshelf.query_cache import QueryCache, States
@@ -315,7 +316,7 @@ async def search(
     async def asked() -> tuple[SearchAnswer, States | None]:
         question = await ask(reader, settings, library, wide)
 
-        async def work(connection: AsyncConnection) -> tuple[SearchAnswer, int | None]:
+        async def work(connection: Connection) -> tuple[SearchAnswer, int | None]:
             return await _answer(connection, library, wide, question, kept(settings, library))
 
         answer, state = await database.retried(reader, work, single=not data.explain)
@@ -422,7 +423,7 @@ def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any
 
 
 async def _answer(
-    connection: AsyncConnection, library: str, data: SearchRequest, question: Question, state_of: str | None
+    connection: Connection, library: str, data: SearchRequest, question: Question, state_of: str | None
 ) -> tuple[SearchAnswer, int | None]:
     """What was found, and the state of a library in the same snapshot."""
     statement, parameters = call(library, data, question)
@@ -451,7 +452,7 @@ def searched(mode: Mode, filtered: bool, k: int, strategy: str) -> None:
     note(mode=mode, strategy=strategy, filtered=str(filtered).lower(), k=str(k))
 
 
-async def _explain(connection: AsyncConnection, library: str, data: SearchRequest, question: Question) -> Explanation:
+async def _explain(connection: Connection, library: str, data: SearchRequest, question: Question) -> Explanation:
     words = None if question.mode == "vector" else question.query
     window = [data.k, data.offset, question.filter, data.exact, data.ef_search]
     rows = await database.rows(connection, EXPLAIN, library, question.embedder, question.vector, words, *window)
