@@ -27,6 +27,28 @@ create or replace function pgshelf.score_expression(p_metric text, p_distance te
   immutable parallel safe language sql
   as $$ select format(case p_metric when 'cosine' then '1 - %s' when 'inner_product' then '-(%s)' else '1 / (1 + %s)' end, p_distance) $$;
 
+-- The statement that finds the documents that fulfil a filter, $2, on a shelf of its own: a column of them, or all (*).
+create or replace function pgshelf.matching_documents(p_library pgshelf.libraries, p_condition record, p_column text default 'id') returns text
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('select d.%s from pgshelf.documents d where %s and %s and %s', p_column,
+    -- where an index of the filter finds the documents, that of the library is not to be combined with it: it would read all of them
+    case when p_condition.indexed = 'true' then format('d.library_id = %L', p_library.id) else format('(d.library_id = %L) is true', p_library.id) end,
+    p_condition.indexed, p_condition.documents);
+end $$;
+
+-- What such a statement finds.
+create or replace function pgshelf.documents_found(p_statement text, p_filter jsonb) returns uuid[]
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids uuid[];
+begin
+  execute format('select array(%s)', p_statement) into v_ids using null::int, p_filter;
+  return v_ids;
+end $$;
+
 -- Where the chunks that fulfil a filter are found, each looked at once: "from ... where ...", with c (and d where needed) in scope.
 -- On a shelf of its own the documents lead, found by their indexes, and each asks for its chunks by primary key: a hash join
 -- would read the whole shelf. On shelf 0 libraries are small, and the planner may choose.
@@ -36,9 +58,6 @@ as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_of_documents boolean := p_condition.documents <> 'true' or p_condition.chunks ~ '\md\.';
-  -- where an index of the filter finds the documents, that of the library is not to be combined with it: it would read all of them
-  v_of_library text := case when p_condition.indexed = 'true' then format('d.library_id = %L', p_library.id)
-    else format('(d.library_id = %L) is true', p_library.id) end;
 begin
   if not v_of_documents then
     return format('from %s c where c.library_id = %L and c.embedding is not null and %s and %s',
@@ -48,14 +67,13 @@ begin
       where c.library_id = %2$L and c.embedding is not null and %3$s and %4$s and %5$s and %6$s',
       v_table, p_library.id, p_condition.indexed, p_condition.documents, p_condition.chunks_indexed, p_condition.chunks);
   elsif p_condition.chunks !~ '\md\.' then
-    return format('from %1$s c where c.library_id = %2$L and c.document_id = any (array(
-        select d.id from pgshelf.documents d where %6$s and %3$s and %4$s)) and c.embedding is not null and %5$s',
-      v_table, p_library.id, p_condition.indexed, p_condition.documents, p_condition.chunks, v_of_library);
+    return format('from %s c where c.library_id = %L and c.document_id = any (array(%s)) and c.embedding is not null and %s',
+      v_table, p_library.id, pgshelf.matching_documents(p_library, p_condition), p_condition.chunks);
   end if;
-  return format('from (select d.* from pgshelf.documents d where %6$s and %3$s and %4$s offset 0) d
-    cross join lateral (select c.* from %1$s c where c.library_id = %2$L and c.document_id = d.id and c.embedding is not null
-      and %5$s offset 0) c where true',
-    v_table, p_library.id, p_condition.indexed, p_condition.documents, p_condition.chunks, v_of_library);
+  return format('from (%s offset 0) d
+    cross join lateral (select c.* from %s c where c.library_id = %L and c.document_id = d.id and c.embedding is not null
+      and %s offset 0) c where true',
+    pgshelf.matching_documents(p_library, p_condition, '*'), v_table, p_library.id, p_condition.chunks);
 end $$;
 
 -- How many candidates an index hands over for a reach of $3, to be ranked again by their vectors: codes are coarse, and behind a filter the
@@ -139,17 +157,17 @@ as $$ select greatest(c.reltuples, 1) from pg_class c where c.oid = to_regclass(
 -- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
 -- at after all: no row is ever lost, whatever the filter's values are when the statement runs. pgshelf.strategy says which way it was, until
--- the end of the transaction: asking costs a microsecond, and no plan need be read.
+-- the end of the transaction: asking costs a microsecond, and no plan need be read. p_apart: all chunks of the documents that the statement in
+-- $4 finds are looked at, for a filter that is about documents alone; what stands here is the same for all such filters, so that it may be kept.
 create or replace function pgshelf.vector_candidates(
-  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int) returns text
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int, p_apart boolean) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_index jsonb := p_library.index_actual;
   v_exactly boolean := p_exact is true or v_index ->> 'type' = 'flat';
   v_filtered boolean := p_condition.documents <> 'true' or p_condition.chunks <> 'true';
-  v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance %s',
-    pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, p_condition));
+  v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance ', pgshelf.distance_operator(p_library.metric));
   v_chunks float8;
   v_few float8;
   v_looked float8;
@@ -165,7 +183,10 @@ begin
   end if;
   if v_exactly or sqrt(v_looked * v_share) <= v_few then
     perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
-    return format('near as materialized (%s order by distance, c.id limit $3)', v_exact);
+    return format('near as materialized (%s %s order by distance, c.id limit $3)', v_exact, case when p_apart
+      then format('from pgshelf.chunks_s%s c where c.library_id = %L and c.document_id = any ((select pgshelf.documents_found($4, $2))::uuid[])
+        and c.embedding is not null', p_library.shelf, p_library.id)
+      else pgshelf.matching(p_library, p_condition) end);
   end if;
   v_reach := pgshelf.index_reach(v_index, v_share, v_chunks);
   return format($sql$nearest as materialized (%1$s),
@@ -175,7 +196,8 @@ begin
     near as (select x.id, x.document_id, x.ordinal, x.distance from (
       select * from exact union all select * from nearest where (select e.yes from enough e)) x
       order by x.distance + 0, x.id limit $3)$sql$,
-    pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_library.shelf, p_ef, v_share, v_chunks, v_reach), v_reach), v_reach, v_exact);
+    pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_library.shelf, p_ef, v_share, v_chunks, v_reach), v_reach), v_reach,
+    v_exact || pgshelf.matching(p_library, p_condition));
 end $$;
 
 -- The share of a library that fulfils a filter, estimated from a sample of its documents, and of its chunks where the filter is about them

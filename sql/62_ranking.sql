@@ -69,16 +69,20 @@ as $$
 $$;
 
 -- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both. Of a vector search the way is chosen
--- for p_reach candidates.
+-- for p_reach candidates. p_condition: what compile_filter makes of p_filter, if that is known already; p_apart as in vector_candidates.
 create or replace function pgshelf.candidates(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int,
-  p_query text default null) returns text
+  p_query text default null, p_condition record default null, p_apart boolean default false) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_condition record := pgshelf.compile_filter(p_library, p_filter);
-  v_near text := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, v_condition, p_filter, p_exact, p_ef, p_reach) end;
+  v_condition record := p_condition;
+  v_near text;
 begin
+  if v_condition is null then
+    v_condition := pgshelf.compile_filter(p_library, p_filter);
+  end if;
+  v_near := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, v_condition, p_filter, p_exact, p_ef, p_reach, p_apart) end;
   if p_mode = 'vector' then
     return v_near;
   end if;
@@ -101,16 +105,17 @@ $$;
 -- The statement that searches a library: mode is vector, text or hybrid, p_ef overrides ef_search (probes for ivfflat). p_filter gives the
 -- shape, and with p_reach the way that is gone. It may be kept and run again, with other values too: p_kept makes it look whether the library
 -- is still where it was; p_query says for about how many words it shall be fast. Who runs it in the snapshot in which it was made need not look.
+-- p_condition and p_apart as in candidates.
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
-  p_kept boolean default true, p_query text default null) returns text
+  p_kept boolean default true, p_query text default null, p_condition record default null, p_apart boolean default false) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_plain boolean := p_mode = 'vector' and not p_grouped and not p_diverse;
-  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query);
+  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, p_condition, p_apart);
   v_score text;
 begin
   if v_plain then
@@ -220,8 +225,9 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search.library);
   v_statement text;
   v_reach int;
-  v_common boolean := search.filter is null and search.exact is not true and search.ef_search is null and search.group_by is null
-    and search.mmr_lambda is null;
+  v_plain boolean := search.exact is not true and search.ef_search is null and search.group_by is null and search.mmr_lambda is null;
+  v_condition record;
+  v_apart boolean;
 begin
   perform pgshelf.check_search(search.k, search.offset, search.group_by, search.group_size, search.mmr_lambda, search.mmr_candidates, search.ef_search);
   if search.embedding is null then
@@ -229,14 +235,16 @@ begin
   end if;
   perform pgshelf.check_vector(search.embedding, v_library.dimension, v_library.metric, 'of the query');
   v_reach := pgshelf.reach('vector', search.k + search.offset, search.group_by is not null, search.group_size, search.mmr_lambda, search.mmr_candidates);
+  v_condition := pgshelf.compile_filter(v_library, search.filter);
+  v_apart := v_plain and v_library.shelf <> 0 and v_condition.documents <> 'true' and v_condition.chunks = 'true';
   v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
-    search.group_by is not null, search.mmr_lambda is not null, v_reach, false);
+    search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_apart => v_apart);
   if search.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach), 'vector',
       v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
-  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, search.embedding, search.filter, v_reach, null::text,
-    search.max_distance, search.min_score, search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
+  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_plain and (search.filter is null or v_apart), search.embedding,
+    search.filter, v_reach, case when v_apart then pgshelf.matching_documents(v_library, v_condition) end, search.max_distance, search.min_score, search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
 end $$;
 
 -- The chunks of a library that hold words of a query, best first by BM25.

@@ -1,5 +1,5 @@
 -- Statements that are kept: to parse and plan a search takes about as long as a search. A function is made for each of the common ones, those
--- without filter and special wishes, whose body is the statement; PostgreSQL keeps the plans of functions in each session. It is found by what
+-- without special wishes, whose body is the statement; PostgreSQL keeps the plans of functions in each session. It is found by what
 -- the statement says, so it can only be the right one or be missing, and then the statement is planned as it comes.
 
 -- The name of the function for a statement on a shelf.
@@ -8,9 +8,9 @@ create or replace function pgshelf.kept_name(p_shelf int, p_statement text) retu
   as $$ select format('kept_s%s_%s', p_shelf, md5(p_statement)) $$;
 
 -- The statements that are kept of a library: those of pgshelf.search, search_text and search_hybrid where nothing but k, offset and include
--- is said. For small ones on shelf 0 there are none, for there are many of them; nor with vectors where there is no index, for there the
--- search itself takes long, nor where it is one of codes or axes, for there a plan that does not know the
--- vector is worse (lsh, 10,000 chunks: 14 ms instead of 4).
+-- is said, and that of pgshelf.search where a filter leaves few documents. For small ones on shelf 0 there are none, for there are many of
+-- them; nor with vectors and no filter where there is no index, for there the search itself takes long, nor where it is one of codes or
+-- axes, for there a plan that does not know the vector is worse (lsh, 10,000 chunks: 14 ms instead of 4).
 create or replace function pgshelf.kept_statements(p_library pgshelf.libraries) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
@@ -18,6 +18,8 @@ as $$
   from unnest(array['vector', 'text', 'hybrid']) m(mode)
   where p_library.shelf <> 0 and (m.mode = 'text'
     or p_library.index_actual ->> 'type' in ('hnsw', 'ivfflat') and p_library.index_actual ->> 'storage' <> 'bit')
+  union all
+  select pgshelf.search_statement(p_library, 'vector', p_exact => true, p_kept => false, p_apart => true) where p_library.shelf <> 0
 $$;
 
 -- Makes the functions of a library, and drops those that its shelf has no use for. A plan for any k takes it that a tenth of all rows is wanted,

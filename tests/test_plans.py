@@ -318,33 +318,52 @@ def test_a_statement_for_few_finds_what_other_values_match(connection: Connectio
         assert len({row[0] for row in kept} & {row[0] for row in true}) >= 0.9 * len(true)
 
 
-@pytest.mark.parametrize("library", INDEXED)
-def test_plans_that_are_kept_go_by_the_index(connection: Connection, library: str) -> None:
-    """They are made without knowing k or the vector; where codes are compared none is kept, for they depend on it."""
+def kept_plans(connection: Connection, library: str, part: str, text: str) -> list[Plan]:
+    """How the kept statements of a library that hold `part` run, for `text` as their $4."""
     shelf = vector_index(connection, library).split("_v")[0].removeprefix("chunks_")
     bodies = connection.execute(
         """select substring(p.prosrc from 'return query (.*); end'), p.proconfig from pg_proc p
-        where starts_with(p.proname, %s) and p.prosrc ~ 'nearest'""",
-        [f"kept_{shelf}_"],
+        where starts_with(p.proname, %s) and strpos(p.prosrc, %s) > 0""",
+        [f"kept_{shelf}_", part],
     ).fetchall()
-    assert len(bodies) == (2 if library in ("halfvec", "vector", "ivfflat") else 0)  # by vector, and both
+    plans = []
     for statement, settings in bodies:
         with connection.transaction():
             for setting in [*settings, "plan_cache_mode=force_generic_plan"]:
                 name, _, value = setting.partition("=")
                 connection.execute(f"set local {name} = {value}".encode())
             connection.execute(f"prepare of_function ({TYPES}) as {statement}".encode())
-            given = "'[0.1,0.2,-0.3,0.4]', null, 10, 'word1', null, null, '{text}', 10, 0, 60, '{1,1}', 1, null"
+            given = f"'[0.1,0.2,-0.3,0.4]', null, 10, {text}, null, null, '{{text}}', 10, 0, 60, '{{1,1}}', 1, null"
             row = connection.execute(
                 f"explain (analyze, format json) execute of_function ({given})".encode()
             ).fetchone()
             connection.execute("deallocate of_function")
         assert row is not None
-        found = row[0][0]["Plan"]
+        plans.append(row[0][0]["Plan"])
+    return plans
+
+
+@pytest.mark.parametrize("library", INDEXED)
+def test_plans_that_are_kept_go_by_the_index(connection: Connection, library: str) -> None:
+    """They are made without knowing k or the vector; where codes are compared none is kept, for they depend on it."""
+    plans = kept_plans(connection, library, "nearest", "'word1'")
+    assert len(plans) == (2 if library in ("halfvec", "vector", "ivfflat") else 0)  # by vector, and both
+    for found in plans:
         assert {node.get("Index Name") for node in ran(branch(found, "nearest"), "chunks_s")} == {
             vector_index(connection, library)
         }
         assert ran(branch(found, "exact"), "chunks_s") == []
+
+
+@pytest.mark.parametrize("library", INDEXED)
+def test_few_documents_lead_to_their_chunks_in_a_plan_that_is_kept(connection: Connection, library: str) -> None:
+    few = f"""select d.id from pgshelf.documents d
+      where d.library_id = (select l.id from pgshelf.libraries l where l.name = '{library}') limit 7"""
+    [found] = kept_plans(connection, library, "documents_found", f"$${few}$$")
+    shelf = vector_index(connection, library).split("_v")[0]
+    looked = ran(branch(found, "near"), "chunks_s")
+    assert [node.get("Index Name") for node in looked] == [f"{shelf}_pkey"], looked
+    assert all("document_id" in node["Index Cond"] for node in looked)
 
 
 def test_a_flat_library_has_one_branch(connection: Connection) -> None:
