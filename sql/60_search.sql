@@ -97,7 +97,8 @@ end $$;
 -- Under a filter the scan goes on until it has enough (relaxed order, ranked again), but for no longer than looking at every match
 -- would take: a step of it costs about twice as much. With ef_search 150 the recall of 100,000 chunks is 0.987, with 100 that of 20,000 is
 -- 0.992 (0.995 with 150, which takes a sixth longer). Of an ivfflat over 100,000 chunks 1.8 square roots of its lists give a recall of 0.964,
--- 1.6 give 0.957 and 1.4 0.948; its centres are found by chance, and the next index may differ by 0.006.
+-- 1.6 give 0.957 and 1.4 0.948; its centres are found by chance, and the next index may differ by 0.006. With fewer lists it takes more: over
+-- 10,000 chunks 1.6 give 0.933.
 create or replace function pgshelf.tuning(p_index jsonb, p_shelf int, p_ef int, p_share float8, p_chunks float8, p_reach text) returns text
   immutable parallel safe language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -114,7 +115,7 @@ begin
     when p_index ->> 'type' = 'ivfflat' then format(
       '(select set_config(''ivfflat.iterative_scan'', ''relaxed_order'', true) is not null
       and set_config(''ivfflat.probes'', %L, true) is not null and set_config(''ivfflat.max_probes'', %L, true) is not null)',
-      least(coalesce(p_ef, ceil(1.6 * sqrt((p_index ->> 'lists')::float8))::int), 32768), p_index ->> 'lists')
+      least(coalesce(p_ef, ceil(1.6 * greatest(1, 949 / (p_index ->> 'lists')::float8) ^ 0.3 * sqrt((p_index ->> 'lists')::float8))::int), 32768), p_index ->> 'lists')
     else 'true' end;
 end $$;
 
