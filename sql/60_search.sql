@@ -84,11 +84,11 @@ create or replace function pgshelf.index_reach(p_index jsonb, p_share float8, p_
 as $$
 declare
   -- of codes the more must be ranked again the more chunks there are: of 100,000 recall is 0.957, 0.969 and 0.975 with 200, 250 and 300;
-  -- of 10,000 a bit less than half of that will do;
+  -- of 10,000 about half of that will do;
   -- a table that was never analyzed seems to have one
-  v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.35))::numeric, 2), 1);
+  v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.27))::numeric, 2), 1);
 begin
-  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 250) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 210) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
     when p_share is null or p_index ->> 'type' = 'kdtree' then '$3'
     else '$3 * ' || case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end end;
 end $$;
@@ -126,7 +126,9 @@ as $$
 declare
   v_index jsonb := p_library.index_actual;
   v_key text := pgshelf.index_key(v_index, p_library.metric, p_library.dimension, 'c.embedding');
-  v_target text := pgshelf.index_key(v_index, p_library.metric, p_library.dimension, '$1');
+  -- a code takes a while to be made: once, not for each candidate, as a plan would that does not know the vector
+  v_target text := format(case when v_index ->> 'type' = 'lsh' or v_index ->> 'storage' = 'bit' then '(select %s)' else '%s' end,
+    pgshelf.index_key(v_index, p_library.metric, p_library.dimension, '$1'));
   v_filter text := case
     when p_condition.documents = 'true' and p_condition.chunks !~ '\md\.' then p_condition.chunks
     -- one look at the document by its key for each candidate; offset keeps it from becoming a join

@@ -9,15 +9,15 @@ create or replace function pgshelf.kept_name(p_shelf int, p_statement text) retu
 
 -- The statements that are kept of a library: those of pgshelf.search, search_text and search_hybrid where nothing but k, offset and include
 -- is said, and that of pgshelf.search where a filter leaves few documents. For small ones on shelf 0 there are none, for there are many of
--- them; nor with vectors and no filter where there is no index, for there the search itself takes long, nor where it is one of codes or
--- axes, for there a plan that does not know the vector is worse (lsh, 10,000 chunks: 14 ms instead of 4).
+-- them; nor with vectors and no filter where there is no index, for there the search itself takes long, nor where it is one of axes, whose
+-- plan depends on the vector.
 create or replace function pgshelf.kept_statements(p_library pgshelf.libraries) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
   select pgshelf.search_statement(p_library, m.mode, p_kept => false, p_reach => pgshelf.reach(m.mode, 10, false, 1, null, null))
   from unnest(array['vector', 'text', 'hybrid']) m(mode)
   where p_library.shelf <> 0 and (m.mode = 'text'
-    or p_library.index_actual ->> 'type' in ('hnsw', 'ivfflat') and p_library.index_actual ->> 'storage' <> 'bit')
+    or p_library.index_actual ->> 'type' in ('hnsw', 'ivfflat', 'lsh'))
   union all
   select pgshelf.search_statement(p_library, 'vector', p_exact => true, p_kept => false, p_apart => true) where p_library.shelf <> 0
 $$;
