@@ -86,9 +86,9 @@ declare
   -- of codes the more must be ranked again the more chunks there are: of 100,000 recall is 0.957, 0.969 and 0.975 with 200, 250 and 300;
   -- of 10,000 about half of that will do;
   -- a table that was never analyzed seems to have one
-  v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.27))::numeric, 2), 1);
+  v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.25))::numeric, 2), 1);
 begin
-  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 210) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 200) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
     when p_share is null or p_index ->> 'type' = 'kdtree' then '$3'
     else '$3 * ' || case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end end;
 end $$;
