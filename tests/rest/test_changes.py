@@ -305,8 +305,8 @@ async def test_a_server_that_is_told_to_stop_ends_its_streams(database_url: str,
             assert [event async for event in events if event[1] != ":"] == []
             assert ok(await waiting)["items"] == []
             assert await stopping == 0
+            # it is killed after 30 seconds only; that granian says it was means nothing, a process that has just ended may look alive to it
             assert time.monotonic() - started < 10
-    assert "refused to gracefully stop" not in server.output
 
 
 async def test_a_quiet_stream_says_that_it_lives(
