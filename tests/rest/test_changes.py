@@ -305,7 +305,7 @@ async def test_a_server_that_is_told_to_stop_ends_its_streams(database_url: str,
             assert [event async for event in events if event[1] != ":"] == []
             assert ok(await waiting)["items"] == []
             assert await stopping == 0
-            # it is killed after 30 seconds only; that granian says it was means nothing, a process that has just ended may look alive to it
+            # a kill would come after 30 seconds; granian may speak of one where a process has just ended
             assert time.monotonic() - started < 10
 
 
