@@ -240,11 +240,12 @@ begin
   v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
     search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_apart => v_apart);
   if search.group_by is not null then
-    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach), 'vector',
-      v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
+    v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach,
+      p_condition => v_condition), 'vector', v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
   return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_plain and (search.filter is null or v_apart), search.embedding,
-    search.filter, v_reach, case when v_apart then pgshelf.matching_documents(v_library, v_condition) end, search.max_distance, search.min_score, search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
+    search.filter, v_reach, case when v_apart then pgshelf.matching_documents(v_library, v_condition) end, search.max_distance, search.min_score,
+    search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
 end $$;
 
 -- The chunks of a library that hold words of a query, best first by BM25.

@@ -550,7 +550,7 @@ end $$;
 
 -- How many lists an ivfflat over so many vectors has: three times the square root, and no fewer than a thousandth, as far as the memory of a
 -- build allows. Of 100,000 chunks (bare scans, 100 queries): with twice the square root a search takes 5.5 ms and the index 17 s, with three
--- times 4.6 ms and 40 s, with four times 4.3 ms and 60 s, for the same recall. k-means keeps 50 vectors a list, 10,000 at least, and one number
+-- times 4.6 ms and 40 s, with four times (on a busy machine) 4.4 ms and 64 s, for about the same recall. k-means keeps 50 vectors a list, 10,000 at least, and one number
 -- for each of them and each list.
 create or replace function pgshelf.index_lists(p_rows bigint, p_bytes int, p_memory bigint) returns int
   immutable parallel safe language sql
