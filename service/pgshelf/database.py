@@ -28,7 +28,7 @@ from pgshelf.pools import renew
 from pgshelf.timing import stage
 
 RETRIES = 3
-CORE = psycopg_dialect()  # type: ignore[no-untyped-call]
+CORE = psycopg_dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy gives its constructor no types
 T = TypeVar("T")
 RETRIED = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 # How far the WAL is that a commit has just flushed. What others have written and not flushed does not count: no standby

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -270,13 +270,7 @@ class Edge:
                     told_of[consistency.TOKEN] = token
                 spent["total"] = (time.perf_counter() - started) * 1000
                 told_of["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
-                message["headers"] = [
-                    *(
-                        (name, value + b", HEAD" if name == b"allow" and b"GET" in value else value)
-                        for name, value in message["headers"]
-                    ),
-                    *((name.lower().encode(), value.encode("latin-1")) for name, value in told_of.items()),
-                ]
+                message["headers"] = _headers(message["headers"], told_of)
             elif head and message["type"] == "http.response.body":
                 message["body"] = b""
             await send(message)
@@ -298,6 +292,12 @@ class Edge:
                         known = {"request_id": request_id, **({"problem": problem} if problem else {}), **told}
                         self.traces.answered(span, method, route, status, known)
                     self.observe(Served(method, route, status, spent, problem, told))
+
+
+def _headers(answered: Iterable[tuple[bytes, bytes]], told: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """Those of an answer, with ours behind; where GET is allowed, so is HEAD."""
+    allowed = ((name, value + b", HEAD" if name == b"allow" and b"GET" in value else value) for name, value in answered)
+    return [*allowed, *((name.lower().encode(), value.encode("latin-1")) for name, value in told.items())]
 
 
 def decode_path(app: ASGIApp) -> ASGIApp:
