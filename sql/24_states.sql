@@ -35,16 +35,25 @@ begin
   return null;
 end $$;
 
--- The state of a library in the caller's snapshot. The functions that search belong to it, and marks of the nil id stand for all.
+-- The state of a library in the caller's snapshot. The functions that search belong to it, and marks of the nil id stand for all. What
+-- pgshelf.library_named does is done here in one statement with the rest: each search asks.
 create or replace function pgshelf.search_state(library text) returns bigint
-  stable strict language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+  stable strict language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off
 as $$
 declare
-  v_id uuid := (pgshelf.library_named(library)).id;
+  v_id uuid;
+  v_state bigint;
 begin
-  return (select coalesce(bit_xor(m.mark), 0) from pgshelf.library_marks m
-      where m.library_id in (v_id, '00000000-0000-0000-0000-000000000000'))
-    # uuid_hash_extended(v_id, 1) # (select coalesce(hashtextextended(i.sql_hash, 1), 0) from pgshelf.installation i);
+  select l.id, (select coalesce(bit_xor(m.mark), 0) from pgshelf.library_marks m
+      where m.library_id in (l.id, '00000000-0000-0000-0000-000000000000'))
+    # uuid_hash_extended(l.id, 1) # (select coalesce(hashtextextended(i.sql_hash, 1), 0) from pgshelf.installation i)
+    into v_id, v_state from pgshelf.libraries l
+    where l.deleted_at is null and l.id = case when pgshelf.is_id(library) then library::uuid
+      else (select n.id from pgshelf.libraries n where n.name = library and n.deleted_at is null) end;
+  if not pgshelf.granted(v_id, 'read') or v_id is null then
+    perform pgshelf.library_named(library);
+  end if;
+  return v_state;
 end $$;
 
 -- Makes every process forget the answers that it keeps of a library; null: of all.

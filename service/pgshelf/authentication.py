@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
@@ -26,20 +25,20 @@ select k.id, k.name, coalesce(s.role, k.role), k.libraries, s.libraries, s.token
   case when k.revoked_at is not null then 'key_revoked' when least(k.expires_at, s.expires_at) <= now() then 'key_expired' end,
   coalesce(k.last_used_at, '-infinity') < now() - interval '1 minute',
   case when k.libraries is not null or s.libraries is not null
-    then pgshelf.library_in_scope(%(library)s, k.libraries, s.libraries) end
-from pgshelf.key_secrets s join pgshelf.keys k on k.id = s.key_id where s.hash = %(hash)s
+    then pgshelf.library_in_scope($2, k.libraries, s.libraries) end
+from pgshelf.key_secrets s join pgshelf.keys k on k.id = s.key_id where s.hash = $1
 """  # noqa: E501 - one line for each answer
 SEEN = """
-select (select array_agg(pgshelf.library_in_scope(r.name, %(scope)s, %(within)s) order by r.n)
-  from unnest(%(names)s::text[]) with ordinality r(name, n)),
-  pgshelf.in_scope(%(scope)s, null, %(new)s) and pgshelf.in_scope(%(within)s, null, %(new)s)
+select (select array_agg(pgshelf.library_in_scope(r.name, $1, $2) order by r.n)
+  from unnest($3::text[]) with ordinality r(name, n)),
+  pgshelf.in_scope($1, null, $4) and pgshelf.in_scope($2, null, $4)
 """
 
 
 class Beside(Protocol):
     """Answers short questions beside the requests' own."""
 
-    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    async def ask(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that changes nothing."""
 
     async def close(self) -> None:
@@ -96,7 +95,7 @@ class Authenticator:
 
     async def _by_key(self, secret: str, library: str | None) -> tuple[Principal, UUID | None]:
         hashed = credentials.digest(secret)
-        rows = await self._beside.ask(ASKED, {"hash": hashed, "library": library})
+        rows = await self._beside.ask(ASKED, hashed, library)
         if not rows:
             raise _unauthorized(
                 "invalid_key", "There is no such key. pgshelf keys list shows those there are.", wrong=True
@@ -133,7 +132,7 @@ class Authenticator:
     async def seen(self, principal: Principal, names: list[str], new: str | None) -> tuple[list[UUID | None], bool]:
         """Of each library its id, if it is in scope; and whether a library of a new name would be."""
         scope, within = [*principal.scopes, None, None][:2]
-        [(ids, covered)] = await self._beside.ask(SEEN, {"scope": scope, "within": within, "names": names, "new": new})
+        [(ids, covered)] = await self._beside.ask(SEEN, scope, within, names, new)
         return ids or [], covered
 
     async def _is_closed(self, *, sent: bool) -> bool:

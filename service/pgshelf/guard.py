@@ -10,7 +10,7 @@ from litestar import Request
 from litestar.enums import ScopeType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import auditing, bodies, connections, http
+from pgshelf import auditing, bodies, connections, http, questions
 from pgshelf.access import OPEN, RULES, Principal, Rule
 from pgshelf.authentication import Authenticator, Beside, Unauthorized
 from pgshelf.errors import CODES, Problem, invalid
@@ -43,7 +43,7 @@ class Guard:
         beside: Beside | None = None,
         opening: connections.Opening = contextlib.nullcontext,
     ) -> None:
-        self._beside = beside or connections.Beside(settings, url)
+        self._beside = beside or questions.Beside(settings, url)
         self._callers = Authenticator(settings, engine, self._beside)
         self._rates = Rates(settings, url, opening)
         self._hosts = allowed_hosts(settings)

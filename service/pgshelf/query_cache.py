@@ -23,7 +23,7 @@ from prometheus_client import Counter, Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
-from pgshelf import connections, consistency, database
+from pgshelf import connections, consistency, database, questions
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
 from pgshelf.timing import note, stage
@@ -82,7 +82,7 @@ class QueryCache:
     def __init__(self, settings: Settings, url: str, opening: connections.Opening = contextlib.nullcontext) -> None:
         self.limit, self.ttl = settings.cache_bytes, settings.cache_ttl
         self.bytes = 0
-        self._beside = connections.Beside(settings, url, "cache", opening)
+        self._beside = questions.Beside(settings, url, "cache", opening)
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._keys: dict[bytes, bytes] = {}  # of entries, by the requests as they stood
 
@@ -185,10 +185,9 @@ class QueryCache:
 
     async def _states(self, libraries: Sequence[str]) -> States | None:
         """The states that libraries are in now; None where one is gone, or the database does not say."""
-        named = {f"library{place}": library for place, library in enumerate(libraries)}
-        asked = ", ".join(f"pgshelf.search_state(%({name})s)" for name in named)
+        asked = ", ".join(f"pgshelf.search_state(${place})" for place in range(1, len(libraries) + 1))
         try:
-            return list((await self._beside.ask(f"select {asked}", named))[0])
+            return list((await self._beside.ask(f"select {asked}", *libraries))[0])
         except (psycopg.Error, Problem):  # the search itself will tell
             return None
 

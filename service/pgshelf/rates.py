@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 import psycopg
 
-from pgshelf import connections, http
+from pgshelf import connections, http, questions
 from pgshelf.errors import Problem
 from pgshelf.settings import Network, Settings, listed, networks
 from pgshelf.timing import stage
@@ -42,7 +42,7 @@ AGAIN = 0.05  # seconds in which a caller that has nothing left is not asked for
 SILENCE = 1.0  # seconds for which PostgreSQL is left alone after it did not answer
 TAKE = """
 select granted, remaining, wait
-from pgshelf.take_requests(%(caller)s, %(class)s, %(wanted)s::int, %(quota)s::int, %(window)s::float8)
+from pgshelf.take_requests($1, $2, $3::int, $4::int, $5::float8)
 """
 
 
@@ -89,7 +89,7 @@ class Rates:
 
     def __init__(self, settings: Settings, url: str, opening: connections.Opening = contextlib.nullcontext) -> None:
         self._quotas = quotas(settings)
-        self._beside = connections.Beside(settings, url, "rates", opening, together=False)
+        self._beside = questions.Beside(settings, url, "rates", opening)
         self._shares: OrderedDict[tuple[str, Kind], Share] = OrderedDict()
         self._silent_until = 0.0
         self._most = {False: settings.max_concurrent_requests, True: settings.max_concurrent_streams}
@@ -147,8 +147,7 @@ class Rates:
             share.step = max(share.step // 2, 1)
         try:
             with stage("rates"):
-                given = {"caller": caller, "class": kind, "wanted": share.step}
-                rows = await self._beside.ask(TAKE, given | {"quota": quota.requests, "window": float(quota.window)})
+                rows = await self._beside.ask(TAKE, caller, kind, share.step, quota.requests, float(quota.window))
         except (psycopg.Error, Problem) as error:
             # who cannot be counted is let in: nearly everything behind fails for the same reason, and says so
             http.log.debug("a request was not counted: %s", error)

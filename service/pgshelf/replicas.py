@@ -78,18 +78,18 @@ class Topology:
             usable = [each for each in usable if each.hopeful(wanted)]
         return min(usable, key=lambda each: (each.reading, each.turn), default=None)
 
-    async def ask(self, question: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    async def ask(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """A question about the caller. The primary answers; only while it is away a replica, as of its lag."""
         if self.primary.reachable:
             try:
-                return await self.primary.beside.ask(question, parameters)
+                return await self.primary.beside.ask(statement, *parameters)
             except (psycopg.Error, Problem) as error:
                 if not connections.is_lost(error) and self.primary.reachable:
                     raise
         for replica in sorted(filter(lambda each: each.usable, self.replicas), key=lambda each: each.lag[1] or 0.0):
             with contextlib.suppress(psycopg.OperationalError, Problem):
-                return await replica.beside.ask(question, parameters)
-        return await self.primary.beside.ask(question, parameters)
+                return await replica.beside.ask(statement, *parameters)
+        return await self.primary.beside.ask(statement, *parameters)
 
     async def close(self) -> None:
         """For whoever asks about callers: all is closed with the watch."""

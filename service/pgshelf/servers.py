@@ -19,7 +19,7 @@ from prometheus_client import Counter, Gauge
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import connections, pools
+from pgshelf import connections, pools, questions
 from pgshelf.consistency import Position
 from pgshelf.http import log
 from pgshelf.settings import Settings
@@ -192,7 +192,7 @@ class Primary(Server):
     def __init__(self, settings: Settings, url: str, engine: AsyncEngine) -> None:
         super().__init__("primary", settings, url)
         self.engine = engine
-        self.beside = connections.Beside(settings, url, "auth", self.opening)
+        self.beside = questions.Beside(settings, url, "auth", self.opening)
         self._past: deque[tuple[float, int]] = deque(maxlen=ROUND)
         self._open = _open_connections(engine)
 
@@ -248,7 +248,7 @@ class Replica(Server):
         self._primary = primary
         patient = msgspec.structs.replace(settings, connect_timeout=math.ceil(max(2.0, settings.replica_timeout)))
         self.engine = pools.make_engine(patient, url, self.opening, cursor=cursor)
-        self.beside = connections.Beside(patient, url, "auth", self.opening)
+        self.beside = questions.Beside(patient, url, "auth", self.opening)
         self.reading = 0
         self.turn = 0.0
         self._open = _open_connections(self.engine)

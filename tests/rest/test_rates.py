@@ -13,7 +13,7 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import connections, rates
+from pgshelf import questions, rates
 from pgshelf.access import RULES
 from pgshelf.pools import make_engine
 from pgshelf.rates import PRESETS, Quota, Rates, quota, quotas
@@ -176,14 +176,14 @@ async def test_few_requests_ask_postgresql(
 ) -> None:
     limiter = Rates(make_settings(database_url, rate_limit_search="1000/s"), database_url)
     asked = 0
-    ask = connections.Beside.ask
+    ask = questions.Beside.ask
 
-    async def counted(self: connections.Beside, *given: Any) -> Any:
+    async def counted(self: questions.Beside, *given: Any) -> Any:
         nonlocal asked
         asked += 1
         return await ask(self, *given)
 
-    monkeypatch.setattr(connections.Beside, "ask", counted)
+    monkeypatch.setattr(questions.Beside, "ask", counted)
     for _ in range(500):
         await limiter.admit("somebody", "search")
     assert asked <= 13  # 1, 2, 4 ... 64, then 100 at a time
