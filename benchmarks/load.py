@@ -3,9 +3,9 @@
 Four runs for each number of processes: `open`, 100 requests a second whatever happens; `users`, 100 people who wait 1
 to 3 s between two requests; `saturated`, searches by vector as fast as they are answered, each of them carried out; and
 `cached`, the same where the query cache may answer (500 different ones while nothing is written: it answers all). The
-first two send the mix of locustfile.py and are held to its goals. /health is asked ten times a second all the while,
-memory is looked at, and the CPU seconds of service, PostgreSQL and locust say who was busy: locust takes its share of
-the same cores.
+first two send the mix of locustfile.py and are held to its goals; the clients of the others are those of _clients.py.
+/health is asked ten times a second all the while, memory is looked at, and the CPU seconds of service, PostgreSQL and
+clients say who was busy: clients take their share of the same cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pgshelf.embedders.local import LocalEmbedder
 
 PORT = 18532
 CORES = psutil.cpu_count() or 1
-KINDS = {"open": "Open", "users": "Users", "saturated": "Searchers", "cached": "Repeaters"}
+MIXES = {"open": "Open", "users": "Users"}
 GOALS = {"open": {95: 100}, "users": {50: 45, 95: 120, 99: 250}}  # milliseconds by percentile
 MEGABYTE = 1024 * 1024
 
@@ -62,7 +62,7 @@ def main() -> None:
             with serving(connection.info.dsn, PORT, **settings) as address:
                 postmaster = psutil.Process(connection.info.backend_pid).parent()
                 run = Run(address, data, workers, postmaster or psutil.Process(connection.info.backend_pid))
-                run.locust("Searchers", options.searchers, 5)  # warms up
+                run.clients("saturated", options.searchers, 5)  # warms up
                 for kind, users, seconds in (
                     ("open", options.rate * 5, options.open),
                     ("users", 100, options.users),
@@ -144,6 +144,16 @@ class Run:
         found: list[dict[str, Any]] = json.loads(done.stdout)
         return found
 
+    def clients(self, kind: str, number: int, seconds: int) -> list[dict[str, Any]]:
+        """Search without a pause; returns the same."""
+        command = [sys.executable, "-m", "benchmarks._clients", self.address, str(self.data), str(number), str(seconds)]
+        command += ["--cached"] if kind == "cached" else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found: list[dict[str, Any]] = json.loads(done.stdout)
+        return found
+
     def measure(self, kind: str, users: int, seconds: int, rate: int) -> None:
         """Print what a run gave, and whether it keeps the goals."""
         watch = Watch(self.address)
@@ -151,7 +161,8 @@ class Run:
         before = self.cpu()
         thread.start()
         started = time.perf_counter()
-        entries = self.locust(KINDS[kind], users, seconds, rate)
+        mix = MIXES.get(kind)
+        entries = self.clients(kind, users, seconds) if mix is None else self.locust(mix, users, seconds, rate)
         took = time.perf_counter() - started
         spent = self.cpu()
         watch.stopped.set()
@@ -179,11 +190,11 @@ class Run:
             print(f"  {goals}, no failure, /health under 100 ms: {'yes' if kept else 'NO'}")
 
     def cpu(self) -> dict[str, float]:
-        """The CPU seconds that the parts have used so far; locust's are those of children that ended."""
+        """The CPU seconds that the parts have used so far; those of the clients are of children that ended."""
         database = [self.postmaster, *self.postmaster.children(recursive=True)]
         found = {"service": seconds(serving_processes()), "PostgreSQL": seconds(database)}
         ended = psutil.Process().cpu_times()
-        return {**found, "locust": ended.children_user + ended.children_system}
+        return {**found, "clients": ended.children_user + ended.children_system}
 
 
 def seconds(processes: list[psutil.Process]) -> float:

@@ -2,8 +2,7 @@
 write a document, 2 a batch of ten, 1 looks at the library, its index or its documents.
 
 `python -m benchmarks.load` makes the library, starts the service and runs this. By hand, against a service of your own:
-LOAD_DATA=FILE locust -f benchmarks/locustfile.py --host http://... Open|Users|Searchers|Repeaters, with the file of
-load --keep.
+LOAD_DATA=FILE locust -f benchmarks/locustfile.py --host http://... Open|Users, with the file of load --keep.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from locust import FastHttpUser, between, constant, task
+from locust import FastHttpUser, between, task
 
 DATA: dict[str, Any] = json.loads(Path(os.environ["LOAD_DATA"]).read_text())
 RATE = float(os.environ.get("LOAD_RATE", "100"))  # of all users of Open together
@@ -100,21 +99,3 @@ class Users(Client):
     def on_start(self) -> None:
         """They do not come all at once."""
         time.sleep(random.uniform(0, 3))
-
-
-class Searchers(FastHttpUser):
-    """Searches by vector, one after the other, as fast as they are carried out: the query cache is not asked."""
-
-    wait_time = constant(0)
-    headers = JSON | {"Cache-Control": "no-cache"}
-
-    @task
-    def search(self) -> None:
-        body = random.choice(SEARCHES)
-        self.client.request("POST", f"{LIBRARY}/search", data=body, headers=self.headers, name="search")
-
-
-class Repeaters(Searchers):
-    """The same, where the query cache may answer."""
-
-    headers = JSON

@@ -104,5 +104,23 @@ async def test_a_body_is_over_when_all_of_it_has_come() -> None:
     assert len(parts) == 1
 
 
+def test_a_body_in_chunks_is_as_long_as_its_chunks(database_url: str, make_live_server: MakeLiveServer) -> None:
+    """Whatever length it also tells: of two that disagree the chunks count, or the request is refused."""
+    server = make_live_server(database_url, PGSHELF_EMBEDDER="none")
+    body = b'{"name": "notes", "embedder": {"provider": "none", "dimension": 2}}'
+    for length in (20, 200):  # the first chunk is as long as the one
+        head = (
+            f"POST /v1/libraries HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: {length}"
+        )
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:20], body[20:])) + b"0\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(f"{head}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode() + chunks)
+            answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))  # type: ignore[misc]
+
+        assert answer.split(b" ")[1] in (b"201", b"409", b"400"), answer
+        assert b"invalid" not in answer, answer
+    assert httpx2.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
 def test_there_are_bodies_among_the_kinds() -> None:
     assert sum("body" in kind or kind == "never ends" for kind in KINDS) == 4
