@@ -52,6 +52,19 @@ async def test_each_gets_its_own_answer_and_its_own_error(make: Make) -> None:
     assert answers == [[(n,)] for n in range(250)]
 
 
+async def test_a_statement_that_fails_leaves_its_name_to_no_other(make: Make) -> None:
+    beside = make()
+    assert await beside.ask("select 1") == [(1,)]
+    line = beside._line
+    for n in range(2, 5):
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await beside.ask("select 1 / ($1 - $1::int)", 0)
+        with pytest.raises(psycopg.errors.SyntaxError):
+            await beside.ask("selec 1")
+        assert await beside.ask(f"select {n}") == [(n,)]
+    assert beside._line is line  # nothing was wrong with the connection
+
+
 async def test_each_is_a_transaction_of_its_own(make: Make) -> None:
     """Else two processes could wait for each other, with what their questions lock."""
     answers = await behind(make(), *[(TRANSACTION,)] * 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import deque
 from typing import Any
 
@@ -51,6 +52,7 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self._transformer = Transformer(connection)
         self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._numbers = itertools.count()
         self._asked: deque[Question] = deque()
         self._silent: asyncio.TimerHandle | None = None
         self._writing = False
@@ -85,7 +87,7 @@ class Line:
         key = statement, self._transformer.types or ()
         name = self._prepared.get(key)
         if name is None:
-            name = self._prepared[key] = b"question_%d" % len(self._prepared)
+            name = self._prepared[key] = b"question_%d" % next(self._numbers)
             question.prepares = key
             self._pgconn.send_prepare(name, statement.encode(), key[1])
         self._pgconn.send_query_prepared(name, values, self._transformer.formats, Format.BINARY)
@@ -135,7 +137,7 @@ class Line:
             self._silent = self._loop.call_later(self._silence, self._connection.cut)
             if (waited := self._asked[0].patience) is not None:
                 waited.cancel()
-        fault = _fault(question)
+        fault = self._fault(question)
         if fault is not None and question.prepares is not None:
             self._prepared.pop(question.prepares, None)
         if question.answer.done():
@@ -149,6 +151,11 @@ class Line:
             question.answer.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
         except psycopg.Error as error:  # a value that the driver cannot read
             question.answer.set_exception(error)
+
+    def _fault(self, question: Question) -> psycopg.Error | None:
+        """What the server says against a question."""
+        faults = (result for result in question.results if result.status == ExecStatus.FATAL_ERROR)
+        return next((error_from_result(result, self._transformer.encoding) for result in faults), None)
 
     def cut(self) -> None:
         """End it at once, from outside."""
@@ -168,14 +175,8 @@ class Line:
             if question.patience is not None:
                 question.patience.cancel()
             if not question.answer.done():
-                question.answer.set_exception(_fault(question) or error)
+                question.answer.set_exception(self._fault(question) or error)
         self._asked.clear()
-
-
-def _fault(question: Question) -> psycopg.Error | None:
-    """What the server says against a question."""
-    faults = (result for result in question.results if result.status == ExecStatus.FATAL_ERROR)
-    return next((error_from_result(result) for result in faults), None)
 
 
 def _give_up(question: Question) -> None:
