@@ -1,10 +1,9 @@
-"""The connection beside the pool: questions go out as they come, and none is answered for another."""
+"""The connection beside the pool: questions that wait go together, and none is answered for another."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -25,8 +24,8 @@ TRANSACTION = "select pg_current_xact_id()::text"
 async def make(database_url: str) -> AsyncIterator[Make]:
     made: list[Beside] = []
 
-    def beside(**settings: Any) -> Beside:
-        made.append(Beside(Settings(**settings), database_url, "test"))
+    def beside(together: bool = True, **settings: Any) -> Beside:
+        made.append(Beside(Settings(**settings), database_url, "test", together=together))
         return made[-1]
 
     yield beside
@@ -65,23 +64,10 @@ async def test_a_statement_that_fails_leaves_its_name_to_no_other(make: Make) ->
     assert beside._line is line  # nothing was wrong with the connection
 
 
-async def test_each_is_a_transaction_of_its_own(make: Make) -> None:
-    """Else two processes could wait for each other, with what their questions lock."""
-    answers = await behind(make(), *[(TRANSACTION,)] * 5)
-    assert len({answer[0][0] for answer in answers}) == 5
-
-
-async def test_none_waits_until_another_is_answered(make: Make) -> None:
-    """All are with the server at once: it takes the next as soon as it is done, while this process does nothing."""
-    beside = make()
-    assert await beside.ask(NUMBER, 1) == [(1,)]
-    asked = [asyncio.create_task(beside.ask("select pg_sleep(0.05)")) for _ in range(6)]
-    await asyncio.sleep(0)
-    assert beside._line is not None and len(beside._line._asked) == 6
-    time.sleep(1)  # noqa: ASYNC251 - the loop does nothing
-    started = time.monotonic()
-    await asyncio.gather(*asked)
-    assert time.monotonic() - started < 0.25  # one after the other would take longer
+async def test_they_go_together_unless_they_lock_rows(make: Make) -> None:
+    for together, transactions in ((True, 1), (False, 5)):
+        answers = await behind(make(together), *[(TRANSACTION,)] * 5)
+        assert len({answer[0][0] for answer in answers}) == transactions
 
 
 async def test_questions_may_be_larger_than_the_socket_takes(make: Make) -> None:

@@ -1,7 +1,7 @@
 """Short questions that each request asks before anything else, on one connection beside the pool for all of a process.
 
-They go out as they come, in libpq's pipeline mode, and are answered in that order: none waits for another's round trip.
-psycopg's cursors, which take turns, would take as long as a question itself.
+Those that come while others are answered go to the server together, in libpq's pipeline mode: one round trip and one
+transaction. psycopg's cursors would take as long as a question itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -25,35 +26,47 @@ from pgshelf.settings import Settings
 
 ATTEMPTS = 3
 SLOW = "The database is slow to say who may come in. Try again."
+MOST_TOGETHER = 100
 Rows = list[tuple[Any, ...]]
+Answer = asyncio.Future[Rows]
+Key = tuple[str, tuple[int, ...]]  # a statement, and the types of its parameters
 
 
 class Question:
-    """A statement that was sent, and who waits for its rows."""
+    """A statement with its parameters, and who waits for its rows."""
 
-    def __init__(self, answer: asyncio.Future[Rows]) -> None:
-        self.answer = answer
+    def __init__(self, key: Key, values: Sequence[Any], formats: Sequence[Format] | None, answer: Answer) -> None:
+        self.key, self.values, self.formats, self.answer = key, values, formats, answer
         self.results: list[PGresult] = []
-        self.prepares: Any = None  # the key of what it prepares first
-        self.patience: asyncio.TimerHandle | None = None  # while it is not its turn
+        self.commands = 0  # how many are still to be answered: to prepare it, and to carry it out
+        self.prepares = False
+        self.patience: asyncio.TimerHandle | None = None  # until it is sent
+
+    def has(self, status: ExecStatus) -> PGresult | None:
+        """A result of this kind."""
+        return next((result for result in self.results if result.status == status), None)
 
 
 class Line:
-    """A connection in pipeline mode: each question is a transaction of its own, carried out in its turn.
+    """A connection in pipeline mode, which carries out a question at once, or behind those that are there already.
 
-    `silence`: seconds without an answer after which the server is given up; `patience`: how long a question waits for
-    its turn. Once it has ended, all that were not answered have its error.
+    `silence`: seconds without an answer after which the server is given up; `patience`: how long a question waits until
+    it is sent; `most`: how many are sent together, in one transaction. Once the line has ended, all that were not
+    answered have its error.
     """
 
-    def __init__(self, connection: Connection, silence: float, patience: float) -> None:
+    def __init__(self, connection: Connection, silence: float, patience: float, most: int) -> None:
         self.ended = False
         self._connection, self._pgconn = connection, connection.pgconn
-        self._silence, self._patience = silence, patience
+        self._silence, self._patience, self._most = silence, patience, most
         self._loop = asyncio.get_running_loop()
         self._transformer = Transformer(connection)
-        self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._prepared: dict[Key, bytes] = {}
         self._numbers = itertools.count()
-        self._asked: deque[Question] = deque()
+        self._asked: list[Question] = []  # with the server
+        self._turn, self._began = 0, False  # whose results come, and whether some of its command have
+        self._alone: deque[Question] = deque()  # sent with one that failed
+        self._waiting: deque[Question] = deque()
         self._silent: asyncio.TimerHandle | None = None
         self._writing = False
         self._socket = self._pgconn.socket
@@ -63,36 +76,46 @@ class Line:
 
     async def ask(self, statement: str, parameters: tuple[Any, ...]) -> Rows:
         """The rows of a statement with $1 and so on."""
-        question = Question(self._loop.create_future())
-        try:
-            self._send(question, statement, parameters)
-        except psycopg.OperationalError as error:
-            self.end(error)
-            raise
+        if self.ended:
+            raise psycopg.OperationalError("the connection was lost")
+        values = self._transformer.dump_sequence(parameters, [PyFormat.AUTO] * len(parameters))
+        key = statement, self._transformer.types or ()
+        question = Question(key, values, self._transformer.formats, self._loop.create_future())
         if self._asked:
             question.patience = self._loop.call_later(self._patience, _give_up, question)
+            self._waiting.append(question)
         else:
-            self._silent = self._loop.call_later(self._silence, self._connection.cut)
-        self._asked.append(question)
+            self._send([question])
         try:
             return await question.answer
         except asyncio.CancelledError:
-            if not self.ended and self._asked and self._asked[0] is question:
-                # the others shall not wait until it is done
+            if self._asked == [question]:  # the others shall not wait until it is done
                 self.end(psycopg.OperationalError("a question was given up"))
             raise
 
-    def _send(self, question: Question, statement: str, parameters: tuple[Any, ...]) -> None:
-        values = self._transformer.dump_sequence(parameters, [PyFormat.AUTO] * len(parameters))
-        key = statement, self._transformer.types or ()
-        name = self._prepared.get(key)
+    def _send(self, questions: list[Question]) -> None:
+        self._asked, self._turn, self._began = questions, 0, False
+        self._silent = self._loop.call_later(self._silence, self._connection.cut)
+        try:
+            for question in questions:
+                if question.patience is not None:
+                    question.patience.cancel()
+                self._put(question)
+            self._pgconn.pipeline_sync()
+            self._flush()
+        except psycopg.OperationalError as error:
+            self.end(error)
+
+    def _put(self, question: Question) -> None:
+        question.results, question.commands = [], 1
+        name = self._prepared.get(question.key)
+        question.prepares = name is None
         if name is None:
-            name = self._prepared[key] = b"question_%d" % next(self._numbers)
-            question.prepares = key
-            self._pgconn.send_prepare(name, statement.encode(), key[1])
-        self._pgconn.send_query_prepared(name, values, self._transformer.formats, Format.BINARY)
-        self._pgconn.pipeline_sync()
-        self._flush()
+            statement, types = question.key
+            question.commands = 2
+            name = self._prepared[question.key] = b"question_%d" % next(self._numbers)
+            self._pgconn.send_prepare(name, statement.encode(), types)
+        self._pgconn.send_query_prepared(name, question.values, question.formats, Format.BINARY)
 
     def _flush(self) -> None:
         """Send what the socket takes; the rest when it takes more."""
@@ -120,42 +143,56 @@ class Line:
         nothing = 0
         while self._asked and nothing < 2 and not self._pgconn.is_busy():
             result = self._pgconn.get_result()
-            if result is None:  # behind each result, and again where there is no more to read
+            if result is None:  # behind the results of each command, and again where there is no more to read
                 nothing += 1
+                if self._began:
+                    self._began = False
+                    self._asked[self._turn].commands -= 1
+                    self._turn += not self._asked[self._turn].commands
                 continue
             nothing = 0
             if result.status == ExecStatus.PIPELINE_SYNC:
-                self._answer(self._asked.popleft())
+                self._answered()
             else:
-                self._asked[0].results.append(result)
+                self._began = True
+                self._asked[self._turn].results.append(result)
 
-    def _answer(self, question: Question) -> None:
+    def _answered(self) -> None:
+        """Tell the answers to all that were sent together, and send the next."""
         if self._silent is not None:
             self._silent.cancel()
-        self._silent = None
-        if self._asked:
-            self._silent = self._loop.call_later(self._silence, self._connection.cut)
-            if (waited := self._asked[0].patience) is not None:
-                waited.cancel()
+        answered, self._asked = self._asked, []
+        for question in answered:
+            self._answer(question)
+        self._waiting = deque(question for question in self._waiting if not question.answer.done())
+        if self._alone:
+            self._send([self._alone.popleft()])
+        elif self._waiting:
+            self._send([self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))])
+
+    def _answer(self, question: Question) -> None:
         fault = self._fault(question)
-        if fault is not None and question.prepares is not None:
-            self._prepared.pop(question.prepares, None)
+        aborted = question.has(ExecStatus.PIPELINE_ABORTED) is not None
+        if question.prepares and (fault is not None or aborted):
+            self._prepared.pop(question.key, None)
         if question.answer.done():
             return
         if fault is not None:
             question.answer.set_exception(fault)
-            return
-        result = question.results[-1]
-        try:
-            self._transformer.set_pgresult(result)
-            question.answer.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
-        except psycopg.Error as error:  # a value that the driver cannot read
-            question.answer.set_exception(error)
+        elif aborted:  # another one is to blame
+            self._alone.append(question)
+        else:
+            result = question.results[-1]
+            try:
+                self._transformer.set_pgresult(result)
+                question.answer.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
+            except psycopg.Error as error:  # a value that the driver cannot read
+                question.answer.set_exception(error)
 
     def _fault(self, question: Question) -> psycopg.Error | None:
         """What the server says against a question."""
-        faults = (result for result in question.results if result.status == ExecStatus.FATAL_ERROR)
-        return next((error_from_result(result, self._transformer.encoding) for result in faults), None)
+        fault = question.has(ExecStatus.FATAL_ERROR)
+        return None if fault is None else error_from_result(fault, self._transformer.encoding)
 
     def cut(self) -> None:
         """End it at once, from outside."""
@@ -171,12 +208,14 @@ class Line:
         if self._silent is not None:
             self._silent.cancel()
         self._pgconn.finish()
-        for question in self._asked:
+        for question in [*self._asked, *self._alone, *self._waiting]:
             if question.patience is not None:
                 question.patience.cancel()
             if not question.answer.done():
                 question.answer.set_exception(self._fault(question) or error)
-        self._asked.clear()
+        self._asked = []
+        self._alone.clear()
+        self._waiting.clear()
 
 
 def _give_up(question: Question) -> None:
@@ -188,10 +227,17 @@ class Beside:
     """Answers questions, opens the connection for them, and asks again where it was lost.
 
     A question is one statement that may be carried out twice. Its plans are generic: they never touch the shelves.
+    Questions that lock rows do not go together (`together=False`): two processes could then wait for each other.
     """
 
     def __init__(
-        self, settings: Settings, url: str, name: str = "auth", opening: Opening = contextlib.nullcontext
+        self,
+        settings: Settings,
+        url: str,
+        name: str = "auth",
+        opening: Opening = contextlib.nullcontext,
+        *,
+        together: bool = True,
     ) -> None:
         self._opening = opening
         self._silence = settings.replica_timeout if settings.replica_url else settings.statement_timeout + 5
@@ -203,6 +249,7 @@ class Beside:
             " -c plan_cache_mode=force_generic_plan",
         )
         self._patience = settings.pool_timeout
+        self._most = MOST_TOGETHER if together else 1
         self._line: Line | None = None
         self._turn = asyncio.Lock()
 
@@ -233,7 +280,7 @@ class Beside:
             if self._line is not None and not self._line.ended:
                 return self._line, False
             connection = await connections.opened(self._target, self._opening, autocommit=True)
-            self._line = Line(connection, self._silence, self._patience)
+            self._line = Line(connection, self._silence, self._patience, self._most)
             return self._line, True
         finally:
             self._turn.release()

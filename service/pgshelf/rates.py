@@ -89,7 +89,7 @@ class Rates:
 
     def __init__(self, settings: Settings, url: str, opening: connections.Opening = contextlib.nullcontext) -> None:
         self._quotas = quotas(settings)
-        self._beside = questions.Beside(settings, url, "rates", opening)
+        self._beside = questions.Beside(settings, url, "rates", opening, together=False)
         self._shares: OrderedDict[tuple[str, Kind], Share] = OrderedDict()
         self._silent_until = 0.0
         self._most = {False: settings.max_concurrent_requests, True: settings.max_concurrent_streams}
