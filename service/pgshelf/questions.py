@@ -154,8 +154,10 @@ class Line:
             if result.status == ExecStatus.PIPELINE_SYNC:
                 self._answered()
             else:
-                self._began = True
-                self._asked[self._turn].results.append(result)
+                # what a server says that ends belongs to the last one, if all were carried out
+                question = self._asked[min(self._turn, len(self._asked) - 1)]
+                question.results.append(result)
+                self._began = self._turn < len(self._asked)
 
     def _answered(self) -> None:
         """Tell the answers to all that were sent together, and send the next."""
