@@ -233,7 +233,7 @@ async def test_a_role_may_do_what_it_may(service: Service, role: str, kind: str)
 
 async def made(service: Service, role: str, libraries: list[str]) -> dict[str, Any]:
     """A key, made over REST by an admin."""
-    name = f"{role} {len(service.content()[2])}"
+    name = f"{role} {len(service.content()[2] or [])}"  # none while there is no key
     admin = key(service.url, f"admin for {name}", "admin")
     body = {"name": name, "role": role, "libraries": libraries}
     found: dict[str, Any] = ok(await service.client.post("/v1/keys", json=body, headers=bearer(admin)), 201)
