@@ -15,7 +15,7 @@ from pathlib import Path
 from coverage import CoverageData
 
 FILE = Path(__file__).with_name("unwatched.txt")
-NAME = re.compile(r"[^[|@]*")  # of a test, without its case, its phase and its xdist group
+BEHIND = re.compile(r"[[|@]")  # the name of a test: its case, its phase, its xdist group
 Lines = set[tuple[str, int]]
 
 
@@ -28,7 +28,7 @@ def lines_by_test() -> dict[str, Lines]:
         for line, contexts in data.contexts_by_lineno(file).items():
             if "" not in contexts:
                 for context in contexts:
-                    found[NAME.match(context)[0]].add((file, line))  # type: ignore[index]  # it matches anything
+                    found[BEHIND.split(context, maxsplit=1)[0]].add((file, line))
     return found
 
 

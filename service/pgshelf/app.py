@@ -29,6 +29,7 @@ from pgshelf import (
     changes,
     chunks,
     documents,
+    edge,
     embedder_changes,
     events,
     exports,
@@ -181,20 +182,20 @@ def create_app(settings: Settings, metrics_folder: Path | None = None) -> Litest
         return_dto=None,
         response_class=http.Answer,
         middleware=[
-            http.decode_path,
+            edge.decode_path,
             bodies.patience(settings),
             parts.guard.middleware,
             http.known_content,
             parts.answers.middleware,
         ],
-        cors_config=http.cors(settings),
+        cors_config=edge.cors(settings),
         exception_handlers={Exception: http.render_problem},
         request_max_body_size=settings.max_body_bytes,
         lifespan=[parts.lifespan],
         logging_config=None,
         openapi_config=_openapi(),
     )
-    app.asgi_handler = http.Edge(app.asgi_handler, _observer(settings), parts.traces)
+    app.asgi_handler = edge.Edge(app.asgi_handler, _observer(settings), parts.traces)
     return app
 
 
@@ -213,8 +214,8 @@ def _openapi() -> OpenAPIConfig:
     )
 
 
-def _observer(settings: Settings) -> Callable[[http.Served], None]:
-    def observe(served: http.Served) -> None:
+def _observer(settings: Settings) -> Callable[[edge.Served], None]:
+    def observe(served: edge.Served) -> None:
         metrics.count(served)
         # to wait for changes, or for a slow client's body, is no work
         worked = served.stages["total"] - served.stages.get("wait", 0) - served.stages.get("receive", 0)

@@ -1,22 +1,17 @@
-"""What every request shares: strict bodies, answers in JSON or MessagePack, problems, request ids, timings, pages."""
+"""What handlers share: strict bodies, answers in JSON or MessagePack, problems, ids, pages."""
 
 from __future__ import annotations
 
 import base64
 import logging
-import os
 import re
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
-from urllib.parse import unquote
 
 import msgspec
 from litestar import Request, Response
-from litestar.config.cors import CORSConfig
 from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
@@ -26,26 +21,22 @@ from litestar.response.streaming import ASGIStreamingResponse
 from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import consistency, logs
 from pgshelf.database import Source
 from pgshelf.errors import Problem, invalid, problem_of
-from pgshelf.settings import Settings, listed
-from pgshelf.timing import notes, stage, stages
+from pgshelf.settings import Settings
+from pgshelf.timing import stage
 
 if TYPE_CHECKING:
-    from litestar.types import ASGIApp, Message, Receive, Scope, Send
+    from litestar.types import ASGIApp, Receive, Scope, Send
 
-    from pgshelf.tracing import Traces
 
 log = logging.getLogger("pgshelf")
 T = TypeVar("T")
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # What parses as a UUID, as pgshelf.is_id says it in SQL: such a text is an id, never a name or a key.
 ID = re.compile(
     r"([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})|\{[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\}", re.I
 )
 ANY_VERSION = -1
-METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 NDJSON = "application/x-ndjson"
 
@@ -217,112 +208,6 @@ def _media_type(header: str) -> str:
     return header.split(",")[0].split(";")[0].strip().lower()
 
 
-class Served(msgspec.Struct, frozen=True):
-    """A request that was answered, as metrics and log lines may tell of it."""
-
-    method: str
-    route: str  # the template, not the address: names and keys are the client's, and there is no end of them
-    status: int
-    stages: dict[str, float]  # milliseconds, `total` among them
-    problem: str | None  # its code
-    notes: dict[str, str]  # how it was done
-
-
-TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
-
-
-class Edge:
-    """Wraps the application: routes on the path as it was sent, checks the content type, adds ids and timings."""
-
-    def __init__(self, app: ASGIApp, observe: Callable[[Served], None], traces: Traces | None = None) -> None:
-        self.app, self.observe, self.traces = app, observe, traces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != ScopeType.HTTP:
-            await self.app(scope, receive, send)
-            return
-        started, spent, told = time.perf_counter(), dict[str, float](), dict[str, str]()
-        stages.set(spent)
-        consistency.committed.set([])
-        notes.set(told)
-        headers = dict(scope["headers"])
-        sent = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
-        scope["pgshelf_request_id"] = request_id  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
-        # keys may hold "/" as %2F, so routing must see the path undecoded; decode_path does the rest
-        if raw := scope.get("raw_path"):
-            scope["path"] = raw.split(b"?")[0].decode("latin-1")
-
-        # HEAD is GET without the body; Litestar knows it only where a handler names it
-        head = scope["method"] == "HEAD"
-        if head:
-            scope["method"] = "GET"
-
-        known: Any = scope
-        status = 499  # the client went away before there was an answer
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                told_of = {"X-Request-Id": request_id, **known.get("pgshelf_headers", {})}
-                if token := consistency.newest():
-                    told_of[consistency.TOKEN] = token
-                spent["total"] = (time.perf_counter() - started) * 1000
-                told_of["Server-Timing"] = ", ".join(f"{name};dur={ms:.2f}" for name, ms in spent.items())
-                message["headers"] = _headers(message["headers"], told_of)
-            elif head and message["type"] == "http.response.body":
-                message["body"] = b""
-            await send(message)
-
-        method = "HEAD" if head else scope["method"] if scope["method"] in METHODS else "other"
-        with self.traces.request(method, headers) if self.traces else nullcontext() as span:
-            ids = {"request_id": request_id}
-            if self.traces and span:
-                ids["trace_id"] = self.traces.trace_id(span)
-            elif trace := TRACE.fullmatch(headers.get(b"traceparent", b"").decode("latin-1")):
-                ids["trace_id"] = trace[1]
-            with logs.bind(**ids):
-                try:
-                    await self.app(scope, receive, answer)
-                finally:
-                    spent["total"] = (time.perf_counter() - started) * 1000
-                    route, problem = scope.get("path_template") or "none", str(scope.get("pgshelf_problem", "")) or None
-                    if self.traces and span:
-                        known = {"request_id": request_id, **({"problem": problem} if problem else {}), **told}
-                        self.traces.answered(span, method, route, status, known)
-                    self.observe(Served(method, route, status, spent, problem, told))
-
-
-def _headers(answered: Iterable[tuple[bytes, bytes]], told: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    """Those of an answer, with ours behind; where GET is allowed, so is HEAD."""
-    allowed = ((name, value + b", HEAD" if name == b"allow" and b"GET" in value else value) for name, value in answered)
-    return [*allowed, *((name.lower().encode(), value.encode("latin-1")) for name, value in told.items())]
-
-
-def decode_path(app: ASGIApp) -> ASGIApp:
-    """Behind routing: percent-decode path parameters once."""
-
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == ScopeType.HTTP:
-            if scope["method"] == "OPTIONS":
-                await _options(scope, receive, send)
-                return
-            if len(scope["path"]) > 1 and scope.get("raw_path", b"").split(b"?")[0].endswith(b"/"):
-                # Litestar would take it for the address without the slash: ".../documents/.." for the library
-                raise Problem("route_not_found", "No address ends in a slash; /schema lists them.")
-            try:
-                scope["path_params"] = {
-                    name: unquote(value, errors="strict") if isinstance(value, str) else value
-                    for name, value in scope["path_params"].items()
-                }
-            except UnicodeDecodeError:
-                raise invalid("path", "is not valid UTF-8 behind its percent-encoding") from None
-        await app(scope, receive, send)
-
-    return middleware
-
-
 def known_content(app: ASGIApp) -> ASGIApp:
     """Behind the guard: refuse bodies of another type than the route takes."""
 
@@ -332,40 +217,6 @@ def known_content(app: ASGIApp) -> ASGIApp:
         await app(scope, receive, send)
 
     return middleware
-
-
-EXPOSED = ("ETag", "Location", "Server-Timing", "WWW-Authenticate", "X-Request-Id")
-
-
-def cors(settings: Settings) -> CORSConfig | None:
-    """Which web pages of other origins may call; none unless PGSHELF_CORS_ORIGINS names them."""
-    origins = listed(settings.cors_origins)
-    if not origins:
-        return None
-    return CORSConfig(
-        allow_origins=origins,
-        allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
-        allow_headers=[
-            "Authorization",
-            "Cache-Control",
-            "Content-Type",
-            "If-Match",
-            "Idempotency-Key",
-            "X-Request-Id",
-            consistency.LEVEL,
-            consistency.TOKEN,
-        ],
-        expose_headers=[*EXPOSED, "Retry-After", "RateLimit", "RateLimit-Policy", consistency.TOKEN],
-    )
-
-
-async def _options(scope: Any, receive: Receive, send: Send) -> None:
-    """All methods of an address: Litestar's own answer knows those of one handler only."""
-    routes = [route for route in scope["litestar_app"].routes if route.path_format == scope["path_template"]]
-    allow = ", ".join(sorted({method for route in routes for method in route.methods}))
-    headers: list[tuple[bytes, bytes]] = [(b"allow", allow.encode())]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def check_content_type(scope: Any) -> None:

@@ -19,7 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
 from pgshelf.counts import Folder, everywhere
-from pgshelf.http import Config, Engine, Served
+from pgshelf.edge import Served
+from pgshelf.http import Config, Engine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
