@@ -90,20 +90,15 @@ def pytest_collection() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Coverage watches a test's first case: being watched doubles what Python takes. A marker says otherwise.
 
-    What watching.py found to run nothing that others do not is not watched at all.
-
     Tests that share the database of their file go to one process, which fills it once.
     """
     seen: set[tuple[str, str]] = set()
-    found = Path(__file__).with_name("unwatched.txt")
-    known = set(found.read_text().split()) if found.exists() else set()
     for item in items:
         if "shared_database_url" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         test = (str(item.path), getattr(item, "originalname", item.name))
-        first = test not in seen and item.nodeid.partition("[")[0] not in known
-        watched = first or item.get_closest_marker("watched") is not None
-        item.stash[WATCHED] = watched and item.get_closest_marker("unwatched") is None
+        first = test not in seen or item.get_closest_marker("watched") is not None
+        item.stash[WATCHED] = first and item.get_closest_marker("unwatched") is None
         seen.add(test)
 
 
@@ -117,8 +112,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def unwatched(config: pytest.Config) -> Iterator[None]:
     """Coverage does not watch the block, nor the processes that are started in it."""
     coverage = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    # with --cov-context, which is for watching.py, all are watched: coverage loses the name of the test when it pauses
-    if coverage is None or not coverage.started or config.getoption("cov_context"):
+    if coverage is None or not coverage.started:
         yield
         return
     processes, leave = os.environ.pop(WATCHED_PROCESSES, None), os._exit
