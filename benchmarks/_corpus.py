@@ -327,8 +327,10 @@ def database(version: int = 18) -> Iterator[psycopg.Connection[Any]]:
                 yield connection
 
 
-def load(connection: psycopg.Connection[Any], corpus: Corpus, name: str) -> uuid.UUID:
-    """A library of the corpus on shelf 0, its numbers declared as attributes; returns its id."""
+def load(
+    connection: psycopg.Connection[Any], corpus: Corpus, name: str, declared: dict[str, str] = DECLARED
+) -> uuid.UUID:
+    """A library of the corpus on shelf 0, its numbers declared as attributes, or others; returns its id."""
     library = uuid.uuid5(uuid.NAMESPACE_OID, name)
     connection.execute(
         """insert into pgshelf.libraries
@@ -338,7 +340,7 @@ def load(connection: psycopg.Connection[Any], corpus: Corpus, name: str) -> uuid
           %(declared)s, %(declared)s)""",
         {
             "id": library, "name": name, "dimension": corpus.dimension, "metric": corpus.metric,
-            "declared": json.dumps(DECLARED),
+            "declared": json.dumps(declared),
         },
     )  # fmt: skip
     ids = [uuid.uuid5(library, each["key"]) for each in corpus.documents]

@@ -242,7 +242,8 @@ create or replace function pgshelf.indexed_metadata() returns text
   as $$ select 'jsonb_set(''{}''::jsonb, array[d.library_id::text], d.metadata)' $$;
 
 -- What an index can find of one condition, in a tree of "contained" (one containment for all), "ranges" (of ready attributes, by
--- name) and "direct" (SQL as it is). Whatever fulfils the condition is found; the condition itself decides.
+-- name) and "direct" (SQL as it is). Whatever fulfils the condition is found; the condition itself decides. "decided", by name as well, is
+-- the condition itself, said of the values that an attribute keeps: where all of them are exact it finds what fulfils it and nothing else.
 create or replace function pgshelf.filter_index(p_library pgshelf.libraries, p_name text, p_kind text, p_keys text[], p_on_chunk boolean,
   p_operator text, p_operand jsonb, p_path text[]) returns jsonb
   stable language plpgsql
@@ -258,9 +259,11 @@ begin
   if p_keys is null then
     return pgshelf.column_index(p_name, p_kind, p_operator, p_path);
   end if;
-  v_range := pgshelf.attribute_range(v_type, p_operator, p_operand, p_path);
+  v_range := pgshelf.attribute_range(v_type, p_operator, p_operand, p_path, false);
   if v_range is not null then
-    return jsonb_build_object('ranges', jsonb_build_object(p_name, jsonb_build_array(v_range)));
+    return jsonb_build_object('ranges', jsonb_build_object(p_name, jsonb_build_array(v_range))) || case
+      when pgshelf.kept_exactly(v_type, p_operand) then jsonb_build_object('decided', jsonb_build_object(p_name,
+        jsonb_build_array(pgshelf.attribute_range(v_type, p_operator, p_operand, p_path, true)))) else '{}' end;
   elsif p_kind <> 'json' or p_operator not in ('$eq', '$contains', '$contains_all', '$in', '$contains_any') or not pgshelf.has_leaf(p_operand) then
     return '{}';
   elsif p_operator = '$eq' then
@@ -299,12 +302,13 @@ begin
 end $$;
 
 -- The part of attribute_values, as v, that holds every match of a condition on a ready attribute; null where it holds none of
--- some of them. Numbers and texts are stored rounded, in order: hence never < or >.
-create or replace function pgshelf.attribute_range(p_type text, p_operator text, p_operand jsonb, p_path text[]) returns text
+-- some of them. Numbers and texts are stored rounded, in order: hence no < and > unless p_strict, which is for values that are exact.
+create or replace function pgshelf.attribute_range(p_type text, p_operator text, p_operand jsonb, p_path text[], p_strict boolean) returns text
   stable language plpgsql
 as $$
 declare
-  v_sign text := case p_operator when '$eq' then '=' when '$gt' then '>=' when '$gte' then '>=' when '$lt' then '<=' when '$lte' then '<=' end;
+  v_sign text := case p_operator when '$eq' then '=' when '$gt' then case when p_strict then '>' else '>=' end when '$gte' then '>='
+    when '$lt' then case when p_strict then '<' else '<=' end when '$lte' then '<=' end;
   v_column text := case p_type when 'number' then 'v.num' when 'text' then 'v.txt' when 'datetime' then 'v.ts' end;
   v_value text := case p_type when 'number' then 'pgshelf.num(%s)' when 'text' then 'left(%s #>> ''{}'', 256)' when 'datetime' then 'pgshelf.moment(%s #>> ''{}'')' end;
   v_json_type text := case p_type when 'number' then 'number' else 'string' end;
@@ -325,6 +329,17 @@ begin
       format(v_value, format('($2 #> %L)', p_path || '0'::text)), format(v_value, format('($2 #> %L)', p_path || '1'::text)))
     when v_sign is not null and jsonb_typeof(p_operand) <> 'array' then
       format('%s %s %s', v_column, v_sign, format(v_value, format('($2 #> %L)', p_path))) end;
+end $$;
+
+-- Whether attribute_values would keep all values of an operand as they are. Moments are what datetimes are compared by.
+create or replace function pgshelf.kept_exactly(p_type text, p_operand jsonb) returns boolean
+  stable language plpgsql
+as $$
+begin
+  return case when p_type = 'datetime' then true
+    when jsonb_typeof(p_operand) = 'array' then not exists (select from jsonb_array_elements(p_operand) x where not pgshelf.kept_exactly(p_type, x))
+    when p_type = 'number' then pgshelf.num(p_operand)::text::numeric = p_operand::numeric
+    else char_length(p_operand #>> '{}') <= 256 end;
 end $$;
 
 -- The documents of a library that one attribute's conditions allow.
@@ -374,7 +389,7 @@ begin
       select '(' || string_agg('(' || pgshelf.index_condition(p_library, a, p_on_chunk) || ')', ' or ') || ')' from unnest(p_arms) a)));
   end if;
   return jsonb_build_object('sets', jsonb_build_array((select format('d.id in (%s)', string_agg(case
-      when a - 'ranges' = '{}' and (select count(*) from jsonb_object_keys(a -> 'ranges')) = 1
+      when a - '{ranges,decided}'::text[] = '{}' and (select count(*) from jsonb_object_keys(a -> 'ranges')) = 1
         then (select pgshelf.attribute_set(p_library, r.key, r.value) from jsonb_each(a -> 'ranges') r)
       else format('select d.id from pgshelf.documents d where d.library_id = %L and %s', p_library, pgshelf.index_condition(p_library, a, false)) end,
     ' union all ')) from unnest(p_arms) a)));
@@ -606,9 +621,10 @@ end $$;
 
 -- A filter as SQL. documents: what concerns documents alone, over d; chunks: what concerns chunks too, over c and d; both are never
 -- null. indexed and chunks_indexed: what an index finds, which is all that matches and sometimes more. share: about how many of the
--- documents fulfil `documents`, where that is known already. A filter of null has none.
+-- documents fulfil `documents`, where that is known already. decided: a query for the ids of just the documents that fulfil `documents`, which
+-- looks at no document; it is there if ready attributes know it all, and true in this snapshot, for these values. A filter of null has none.
 create or replace function pgshelf.compile_filter(p_library pgshelf.libraries, p_filter jsonb,
-  out documents text, out chunks text, out indexed text, out chunks_indexed text, out share float8)
+  out documents text, out chunks text, out indexed text, out chunks_indexed text, out share float8, out decided text)
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -628,6 +644,25 @@ begin
   if v_all.chunks_indexed <> '{}' then
     chunks_indexed := pgshelf.index_condition(p_library.id, v_all.chunks_indexed, true);
   end if;
+  if v_all.indexed ? 'decided' then
+    decided := pgshelf.decided_by(p_library, v_all.indexed -> 'decided', cardinality(v_all.documents));
+  end if;
+end $$;
+
+-- The query of compile_filter's decided; null where p_decided says less than all p_conditions, or a value is kept that is not exact: too long,
+-- with too many digits, or of another type.
+create or replace function pgshelf.decided_by(p_library pgshelf.libraries, p_decided jsonb, p_conditions int) returns text
+  stable language plpgsql
+as $$
+begin
+  if p_conditions > (select sum(jsonb_array_length(a.value)) from jsonb_each(p_decided) a) or exists (
+    select from pgshelf.attribute_values v where v.library_id = p_library.id and not v.exact
+    and v.attribute = any (array(select a from jsonb_object_keys(p_decided) a where p_library.attributes ->> a <> 'datetime'))) then
+    return null;
+  end if;
+  -- each has a document once, so a join is what they share, by whichever way is short
+  return (select 'select document_id from ' || string_agg(format('(%s) a%s', pgshelf.attribute_set(p_library.id, a.key, a.value), a.number), ' natural join ')
+    from jsonb_each(p_decided) with ordinality a(key, value, number));
 end $$;
 
 -- A filter as one condition over d, for what is done to documents: a document matches when it does itself, and has a chunk that

@@ -32,6 +32,9 @@ create or replace function pgshelf.matching_documents(p_library pgshelf.librarie
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if p_column = 'id' and p_condition.decided is not null then
+    return p_condition.decided;
+  end if;
   return format('select d.%s from pgshelf.documents d where %s and %s and %s', p_column,
     -- where an index of the filter finds the documents, that of the library is not to be combined with it: it would read all of them
     case when p_condition.indexed = 'true' then format('d.library_id = %L', p_library.id) else format('(d.library_id = %L) is true', p_library.id) end,
@@ -48,6 +51,12 @@ begin
   execute format('select array(%s)', p_statement) into v_ids using null::int, p_filter;
   return v_ids;
 end $$;
+
+-- The chunks that such a statement finds, of pgshelf.nearest_exactly.
+create or replace function pgshelf.chunks_found(p_statement text, p_embedding @vector@.vector, p_filter jsonb, p_reach int)
+  returns table (id uuid, document_id uuid, ordinal int, distance float8)
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$ begin return query execute p_statement using p_embedding, p_filter, p_reach; end $$;
 
 -- Where the chunks that fulfil a filter are found, each looked at once: "from ... where ...", with c (and d where needed) in scope.
 -- On a shelf of its own the documents lead, found by their indexes, and each asks for its chunks by primary key: a hash join
@@ -74,6 +83,15 @@ begin
     cross join lateral (select c.* from %s c where c.library_id = %L and c.document_id = d.id and c.embedding is not null
       and %s offset 0) c where true',
     pgshelf.matching_documents(p_library, p_condition, '*'), v_table, p_library.id, p_condition.chunks);
+end $$;
+
+-- The statement that looks at all chunks that fulfil a filter, for the nearest to $1.
+create or replace function pgshelf.nearest_exactly(p_library pgshelf.libraries, p_condition record) returns text
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance %s order by distance, c.id limit $3',
+    pgshelf.distance_operator(p_library.metric), pgshelf.matching(p_library, p_condition));
 end $$;
 
 -- How many candidates an index hands over for a reach of $3, to be ranked again by their vectors: codes are coarse, and behind a filter the
@@ -160,10 +178,11 @@ as $$ select greatest(c.reltuples, 1) from pg_class c where c.oid = to_regclass(
 -- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
 -- at after all: no row is ever lost, whatever the filter's values are when the statement runs. pgshelf.strategy says which way it was, until
--- the end of the transaction: asking costs a microsecond, and no plan need be read. p_apart: all chunks of the documents that the statement in
--- $4 finds are looked at, for a filter that is about documents alone; what stands here is the same for all such filters, so that it may be kept.
+-- the end of the transaction: asking costs a microsecond, and no plan need be read. p_apart: the filter stays out of what is written here
+-- and is in the statement $4, see pgshelf.apart, so that this is the same for all filters and may be kept: 'documents' looks at all chunks of the
+-- documents that $4 finds, 'chunks' takes what it finds.
 create or replace function pgshelf.vector_candidates(
-  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int, p_apart boolean) returns text
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int, p_apart text) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -186,10 +205,12 @@ begin
   end if;
   if v_exactly or sqrt(v_looked * v_share) <= v_few then
     perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
-    return format('near as materialized (%s %s order by distance, c.id limit $3)', v_exact, case when p_apart
-      then format('from pgshelf.chunks_s%s c where c.library_id = %L and c.document_id = any ((select pgshelf.documents_found($4, $2))::uuid[])
-        and c.embedding is not null', p_library.shelf, p_library.id)
-      else pgshelf.matching(p_library, p_condition) end);
+    return format('near as materialized (%s)', case p_apart
+      when 'documents' then format('%s from pgshelf.chunks_s%s c where c.library_id = %L
+        and c.document_id = any ((select pgshelf.documents_found($4, $2))::uuid[]) and c.embedding is not null order by distance, c.id limit $3',
+        v_exact, p_library.shelf, p_library.id)
+      when 'chunks' then 'select * from pgshelf.chunks_found($4, $1, $2, $3)'
+      else pgshelf.nearest_exactly(p_library, p_condition) end);
   end if;
   v_reach := pgshelf.index_reach(v_index, v_share, v_chunks);
   return format($sql$nearest as materialized (%1$s),
@@ -201,6 +222,23 @@ begin
       order by x.distance + 0, x.id limit $3)$sql$,
     pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_library.shelf, p_ef, v_share, v_chunks, v_reach), v_reach), v_reach,
     v_exact || pgshelf.matching(p_library, p_condition));
+end $$;
+
+-- Which statement of a filter can stand apart from the one that searches, and the statement: for a filter about documents alone the one that finds
+-- them, whose chunks are then looked at by a plan that is kept, else all of the looking. Null where there is none.
+create or replace function pgshelf.apart(p_library pgshelf.libraries, p_condition record, out kind text, out statement text)
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_library.shelf = 0 then
+    return;
+  elsif p_condition.chunks <> 'true' then
+    kind := 'chunks';
+    statement := pgshelf.nearest_exactly(p_library, p_condition);
+  elsif p_condition.documents <> 'true' then
+    kind := 'documents';
+    statement := pgshelf.matching_documents(p_library, p_condition);
+  end if;
 end $$;
 
 -- The share of a library that fulfils a filter, estimated from a sample of its documents, and of its chunks where the filter is about them

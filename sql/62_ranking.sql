@@ -72,7 +72,7 @@ $$;
 -- for p_reach candidates. p_condition: what compile_filter makes of p_filter, if that is known already; p_apart as in vector_candidates.
 create or replace function pgshelf.candidates(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int,
-  p_query text default null, p_condition record default null, p_apart boolean default false) returns text
+  p_query text default null, p_condition record default null, p_apart text default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -109,15 +109,23 @@ $$;
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
-  p_kept boolean default true, p_query text default null, p_condition record default null, p_apart boolean default false) returns text
+  p_kept boolean default true, p_query text default null, p_condition record default null, p_apart text default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_table text := 'pgshelf.chunks_s' || p_library.shelf;
   v_plain boolean := p_mode = 'vector' and not p_grouped and not p_diverse;
-  v_parts text := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, p_condition, p_apart);
+  v_condition record := p_condition;
+  v_parts text;
   v_score text;
 begin
+  if v_condition is null then
+    v_condition := pgshelf.compile_filter(p_library, p_filter);
+  end if;
+  if p_kept then
+    v_condition.decided := null;
+  end if;
+  v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart);
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
     v_score := pgshelf.score_expression(p_library.metric);
@@ -227,7 +235,7 @@ declare
   v_reach int;
   v_plain boolean := search.exact is not true and search.ef_search is null and search.group_by is null and search.mmr_lambda is null;
   v_condition record;
-  v_apart boolean;
+  v_apart record;
 begin
   perform pgshelf.check_search(search.k, search.offset, search.group_by, search.group_size, search.mmr_lambda, search.mmr_candidates, search.ef_search);
   if search.embedding is null then
@@ -236,15 +244,18 @@ begin
   perform pgshelf.check_vector(search.embedding, v_library.dimension, v_library.metric, 'of the query');
   v_reach := pgshelf.reach('vector', search.k + search.offset, search.group_by is not null, search.group_size, search.mmr_lambda, search.mmr_candidates);
   v_condition := pgshelf.compile_filter(v_library, search.filter);
-  v_apart := v_plain and v_library.shelf <> 0 and v_condition.documents <> 'true' and v_condition.chunks = 'true';
+  v_apart := pgshelf.apart(v_library, v_condition);
+  if not v_plain then
+    v_apart.kind := null;
+  end if;
   v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
-    search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_apart => v_apart);
+    search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_apart => v_apart.kind);
   if search.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach,
       p_condition => v_condition), 'vector', v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
-  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_plain and (search.filter is null or v_apart), search.embedding,
-    search.filter, v_reach, case when v_apart then pgshelf.matching_documents(v_library, v_condition) end, search.max_distance, search.min_score,
+  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_plain and (search.filter is null or v_apart.kind is not null), search.embedding,
+    search.filter, v_reach, v_apart.statement, search.max_distance, search.min_score,
     search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
 end $$;
 

@@ -19,7 +19,8 @@ as $$
   where p_library.shelf <> 0 and (m.mode = 'text'
     or p_library.index_actual ->> 'type' in ('hnsw', 'ivfflat', 'lsh'))
   union all
-  select pgshelf.search_statement(p_library, 'vector', p_exact => true, p_kept => false, p_apart => true) where p_library.shelf <> 0
+  select pgshelf.search_statement(p_library, 'vector', p_exact => true, p_kept => false, p_apart => a.kind) from unnest(array['documents', 'chunks']) a(kind)
+  where p_library.shelf <> 0
 $$;
 
 -- Makes the functions of a library, and drops those that its shelf has no use for. A plan for any k takes it that a tenth of all rows is wanted,

@@ -351,6 +351,20 @@ def filters(attributes: Mapping[str, str], documents: int, *, chunks: bool = Tru
     return tree
 
 
+def of_attributes(attributes: Mapping[str, str]) -> st.SearchStrategy[Filter]:
+    """Conjunctions of conditions that the index of a declared attribute can answer, mostly."""
+    values: dict[str, list[Json]] = {
+        "number": [2020, 2020.0, 1.5, 0, -1, 0.1, 2**53, 2**53 + 1],
+        "text": ["en", "", "a", "x" * 256, "x" * 257, "\U0001f600", "\uffff"],
+        "datetime": list(MOMENTS),
+    }
+    leaves = [
+        _operators(values[kind], ("$eq", "$in", "$between", *ORDERED)).map(lambda given, name=name: {name: given})
+        for name, kind in attributes.items()
+    ]
+    return _conjunction(st.one_of(leaves))
+
+
 def _conjunction(part: st.SearchStrategy[Filter]) -> st.SearchStrategy[Filter]:
     def joined(parts: list[Filter]) -> Filter:
         together: Filter = {}

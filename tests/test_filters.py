@@ -29,6 +29,7 @@ from tests.filter_oracle import (
     filters,
     make_documents,
     matches,
+    of_attributes,
 )
 from tests.postgres import Databases
 from tests.rest.asking import library, ok, until
@@ -44,6 +45,7 @@ STATES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "no attributes": ({}, {}),
     "declared": (ATTRIBUTES, {}),
     "ready": (ATTRIBUTES, ATTRIBUTES),
+    "exact": (ATTRIBUTES, ATTRIBUTES),  # what attributes keep is the value itself, in all documents
 }
 
 
@@ -123,6 +125,28 @@ def selected(connection: Connection, condition: Filter, *parts: str) -> list[uui
     return [row[0] for row in rows]
 
 
+def decided(connection: Connection, condition: Filter) -> set[uuid.UUID] | None:
+    """The documents that ready attributes find alone; None where they do not know it all."""
+    text = one_value(
+        connection,
+        f"select (pgshelf.compile_filter(l, %s)).decided from pgshelf.libraries l where l.id = '{LIBRARY}'",
+        condition,
+    )
+    if text is None:
+        return None
+    statement = f"select * from ({text}) x where $1::int is null"
+    rows = psycopg.RawCursor(connection).execute(statement.encode(), [None, Jsonb(condition)]).fetchall()
+    assert len(set(rows)) == len(rows)
+    return {row[0] for row in rows}
+
+
+def fulfilling(connection: Connection, condition: Filter, whole: str) -> set[uuid.UUID]:
+    """The documents that fulfil what a filter says of documents alone."""
+    statement = f"select d.id from pgshelf.documents d where d.library_id = '{LIBRARY}' and $1::int is null and {whole}"
+    rows = psycopg.RawCursor(connection).execute(statement.encode(), [None, Jsonb(condition)]).fetchall()
+    return {row[0] for row in rows}
+
+
 def expected(condition: Filter, documents: list[Document], attributes: dict[str, str]) -> list[uuid.UUID]:
     return sorted(c.id for d in documents for c in d.chunks if matches(condition, d, c, attributes))
 
@@ -133,17 +157,23 @@ def test_generated_filters_match_what_the_predicate_matches(
 ) -> None:
     attributes, ready = STATES[state]
     seen: list[int] = []
+    known: list[int] = []
+
+    drawing = filters(attributes, DOCUMENTS)
+    drawing = st.one_of(drawing, *[of_attributes(attributes)] * 3) if state == "exact" else drawing
 
     @generated
-    @given(st.integers(0, 2**32), st.lists(filters(attributes, DOCUMENTS), min_size=BATCH, max_size=BATCH))
+    @given(st.integers(0, 2**32), st.lists(drawing, min_size=BATCH, max_size=BATCH))
     def check(number: int, conditions: list[Filter]) -> None:
-        documents = make_documents(random.Random(number), DOCUMENTS)
+        documents = make_documents(random.Random(number), DOCUMENTS * (3 if state == "exact" else 1))
         with connection.transaction(force_rollback=True):
             store(connection, documents)
             connection.execute(
                 "update pgshelf.libraries set attributes = %s, attributes_ready = %s where id = %s",
                 [Jsonb(attributes), Jsonb(ready), LIBRARY],
             )
+            if state == "exact":
+                documents = exact(connection, documents)
             for condition in conditions:
                 note(json.dumps(condition))
                 want = expected(condition, documents, attributes)
@@ -152,10 +182,29 @@ def test_generated_filters_match_what_the_predicate_matches(
                 assert selected(connection, condition, whole, chunks, indexed, chunks_indexed) == want
                 assert not selected(connection, condition, f"(({whole}) is null or ({chunks}) is null)")
                 seen.append(len(want))
+                alone = decided(connection, condition)
+                if alone is not None:
+                    assert alone == fulfilling(connection, condition, whole)
+                    known.append(len(alone))
 
     check()
     # the first example of hypothesis is the smallest, whose filters find nothing
     assert sum(count > 0 for count in seen) > (len(seen) - BATCH) / 5, "the filters match nothing"
+    if state == "exact":
+        assert len(known) > len(seen) / 20 and any(known), "attributes never decided"
+    elif state != "ready":
+        assert known == []
+
+
+def exact(connection: Connection, documents: list[Document]) -> list[Document]:
+    """Deletes the documents of which an attribute keeps a value that is not exact; gives those that are left."""
+    deleted = connection.execute(
+        """delete from pgshelf.documents where id in (select v.document_id from pgshelf.attribute_values v
+        where not v.exact and v.ts is null) returning id"""
+    ).fetchall()
+    gone = {row[0] for row in deleted}
+    assert 0 < len(gone) < len(documents)
+    return [document for document in documents if document.id not in gone]
 
 
 def drawn(generated: Callable[[Any], Any]) -> list[Filter]:
@@ -266,6 +315,7 @@ def found(connection: Connection, condition: Filter) -> list[int]:
     whole, chunks, indexed, chunks_indexed = compiled(connection, condition)
     hits = selected(connection, condition, whole, chunks)
     assert hits == selected(connection, condition, whole, chunks, indexed, chunks_indexed)
+    assert decided(connection, condition) in (None, fulfilling(connection, condition, whole))
     numbers = {document_id(number): number for number in range(100)}
     return sorted(numbers[hit] for hit in hits)
 
@@ -337,6 +387,55 @@ def test_a_ready_attribute_loses_nothing_that_its_index_rounds(connection: Conne
             condition = {name: {operator: operand}}
             want = [number for number, d in enumerate(documents) if matches(condition, d, d.chunks[0], ATTRIBUTES)]
             assert found(connection, condition) == want, condition
+
+
+EXACT: dict[str, list[Any]] = {
+    "year": [2**53, -(2**53), 0, 0.1, 0.2, 1e300],
+    "lang": ["", "a", "x" * 255, "x" * 256, "\uffff", "\U0001f600"],
+    "published": [*MOMENTS, *NO_MOMENTS, 5],
+}
+BLURRED: dict[str, Any] = {"year": 2**53 + 1, "lang": "x" * 257}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_attributes_decide_alone_while_all_values_are_exact(connection: Connection, shelved: Any, name: str) -> None:
+    """Datetimes always, for they are moments; a number or a text that is not kept as it is ends it for all."""
+    shelved([one({name: value}, number) for number, value in enumerate(EXACT[name])])
+    connection.execute("update pgshelf.libraries set attributes_ready = attributes")
+    operands = [value for value in EXACT[name] if name != "published" or value in MOMENTS]
+    for value in operands:
+        for operator in ("$eq", "$gt", "$gte", "$lt", "$lte", "$in", "$between"):
+            many = {"$in": [value, operands[0]], "$between": [operands[0], value]}
+            condition = {name: {operator: many.get(operator, value)}, "$and": [{name: {"$gte": operands[1]}}]}
+            assert decided(connection, condition) is not None, condition
+            found(connection, condition)
+    for condition in ({name: {"$ne": operands[0]}}, {name: {"$exists": True}}, {"$not": {name: operands[0]}}):
+        assert decided(connection, condition) is None
+    assert decided(connection, {name: operands[0], "other": 1}) is None
+    assert decided(connection, {name: operands[0], "chunk.page": 1}) is not None
+    if name == "published":
+        return
+    blurred = BLURRED[name]
+    assert decided(connection, {name: blurred}) is None
+    assert decided(connection, {name: {"$in": [operands[0], blurred]}}) is None
+    store(connection, [one({name: blurred}, 90)])
+    assert decided(connection, {name: operands[0]}) is None
+    connection.execute("delete from pgshelf.documents where id = %s", [document_id(90)])
+    assert decided(connection, {name: operands[0]}) == {document_id(0)}
+    store(connection, [one({name: [operands[0]]}, 91)])  # another type
+    assert decided(connection, {name: operands[0]}) is None
+
+
+def test_what_several_attributes_share_is_found(connection: Connection, shelved: Any) -> None:
+    shelved(
+        [one({"year": number % 5, "lang": "ab"[number % 2], "published": "2020-01-01"}, number) for number in range(20)]
+    )
+    connection.execute("update pgshelf.libraries set attributes_ready = attributes")
+    shared = {"lang": "a", "year": {"$gt": 1, "$lt": 4}, "published": {"$gte": "2019-01-01"}}
+    assert decided(connection, shared) == {document_id(number) for number in (2, 8, 12, 18)}
+    assert found(connection, shared) == [2, 8, 12, 18]
+    assert found(connection, shared | {"chunk.$ordinal": 0}) == [2, 8, 12, 18]
+    assert found(connection, shared | {"published": "2020-01-02"}) == []
 
 
 def test_dots_walk_into_objects_and_not_into_arrays(connection: Connection, shelved: Any) -> None:

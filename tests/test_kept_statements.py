@@ -29,10 +29,10 @@ COMMON: dict[str, LiteralString] = {
     "words": "pgshelf.search_text('notes', 'text 7 8 11 13 21 34')",
     "many words": "pgshelf.search_text('notes', 'text 7 8 11 13 21 34 40 41 42 43 44 te* -9')",
     "few documents": 'pgshelf.search(\'notes\', %(vector)s::text::{vector}, filter => \'{{"$key": {{"$ne": "d0"}}}}\')',
+    "few chunks": "pgshelf.search('notes', %(vector)s::text::{vector}, filter => '{{\"chunk.$ordinal\": 1}}')",
     "both": "pgshelf.search_hybrid('notes', 'text 7 8', %(vector)s::text::{vector}, min_score => 0.01)",
 }
 SPECIAL: dict[str, LiteralString] = {
-    "filter": "pgshelf.search('notes', %(vector)s::text::{vector}, filter => '{{\"chunk.$ordinal\": 1}}')",
     "exact": "pgshelf.search('notes', %(vector)s::text::{vector}, exact => true)",
     "ef": "pgshelf.search('notes', %(vector)s::text::{vector}, ef_search => 90)",
     "grouped": "pgshelf.search('notes', %(vector)s::text::{vector}, group_by => 'document')",
@@ -84,7 +84,7 @@ def calls(url: str, vector_schema: str, search: LiteralString) -> tuple[list[tup
 def test_common_searches_keep_their_plans_and_find_the_same(
     db: Connection, database_url: str, library: UUID, vector_schema: str, search: str
 ) -> None:
-    assert len(kept(db)) == 4
+    assert len(kept(db)) == 5
     found, times = calls(database_url, vector_schema, COMMON[search])
     assert (len(found) >= 8, times) == (True, 2)
     for name in kept(db):
@@ -107,14 +107,15 @@ def test_another_index_has_other_statements(
     want(db, library, HNSW | {"storage": "vector"})
     reconciled(database_url)
     after = kept(db)
-    assert len(after) == 4
-    assert len(set(after) & set(before)) == 2  # that by words, and that among few documents
+    assert len(after) == 5
+    assert len(set(after) & set(before)) == 3  # that by words, and those among few documents and few chunks
     assert calls(database_url, vector_schema, COMMON["vector"])[1] == 2
     want(db, library, {"type": "flat"})
     reconciled(database_url)
-    assert len(kept(db)) == 2
+    assert len(kept(db)) == 3
     assert calls(database_url, vector_schema, COMMON["vector"])[1] == 0
     assert calls(database_url, vector_schema, COMMON["few documents"])[1] == 2
+    assert calls(database_url, vector_schema, COMMON["few chunks"])[1] == 2
     assert calls(database_url, vector_schema, COMMON["words"])[1] == 2
 
 

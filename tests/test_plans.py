@@ -209,7 +209,8 @@ def test_the_share_that_matches_is_estimated(connection: Connection, condition: 
         {"filter": Jsonb(condition)},
     ).fetchone()
     assert row is not None
-    assert row[0] == pytest.approx(share, abs=0.15)
+    # the choice between two indexes looks at fifty documents only where half of all match or more
+    assert row[0] == pytest.approx(share, abs=0.3 if "number" in condition else 0.15)
 
 
 def test_the_fewer_codes_there_are_the_fewer_are_ranked_again(connection: Connection) -> None:
@@ -364,6 +365,27 @@ def test_few_documents_lead_to_their_chunks_in_a_plan_that_is_kept(connection: C
     looked = ran(branch(found, "near"), "chunks_s")
     assert [node.get("Index Name") for node in looked] == [f"{shelf}_pkey"], looked
     assert all("document_id" in node["Index Cond"] for node in looked)
+
+
+@pytest.mark.parametrize("about", [{}, {"chunk.page": {"$gte": 1}}], ids=["documents", "chunks"])
+def test_where_attributes_decide_no_document_is_read(connection: Connection, about: dict[str, Any]) -> None:
+    """Those of the hits are, by their keys; the library's others are found in the index of attributes alone."""
+    for condition, read in ((FEW, []), (FEW | RARE, ["documents"])):
+        found = connection.execute(
+            "select pgshelf.explain_search('halfvec', '[0.1,0.2,-0.3,0.4]', filter => %s) -> 'plan' -> 'Plan'",
+            [Jsonb(condition | about)],
+        ).fetchone()
+        assert found is not None
+        near = branch(found[0], "near")
+        assert [node["Relation Name"] for node in ran(near, "documents")] == read, condition
+        looked = nodes(near, Index_Name="attribute_values_num_idx")
+        assert {node["Node Type"] for node in looked} == {"Index Only Scan"}
+
+
+def test_a_statement_that_is_kept_does_not_trust_what_it_was_made_for(connection: Connection) -> None:
+    """What attributes decide is true for some values in one snapshot: it stays out of statements that live longer."""
+    found = plan(connection, "halfvec", FEW)
+    assert ran(branch(found, "near"), "documents")
 
 
 def test_a_flat_library_has_one_branch(connection: Connection) -> None:
