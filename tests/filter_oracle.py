@@ -358,11 +358,12 @@ def of_attributes(attributes: Mapping[str, str]) -> st.SearchStrategy[Filter]:
         "text": ["en", "", "a", "x" * 256, "x" * 257, "\U0001f600", "\uffff"],
         "datetime": list(MOMENTS),
     }
-    leaves = [
-        _operators(values[kind], ("$eq", "$in", "$between", *ORDERED)).map(lambda given, name=name: {name: given})
-        for name, kind in attributes.items()
-    ]
-    return _conjunction(st.one_of(leaves))
+    operators = ("$eq", "$in", "$between", *ORDERED)
+    return _conjunction(
+        st.sampled_from(sorted(attributes)).flatmap(
+            lambda name: st.fixed_dictionaries({name: _operators(values[attributes[name]], operators)})
+        )
+    )
 
 
 def _conjunction(part: st.SearchStrategy[Filter]) -> st.SearchStrategy[Filter]:

@@ -406,10 +406,11 @@ def test_attributes_decide_alone_while_all_values_are_exact(connection: Connecti
     for value in operands:
         for operator in ("$eq", "$gt", "$gte", "$lt", "$lte", "$in", "$between"):
             many = {"$in": [value, operands[0]], "$between": [operands[0], value]}
-            condition = {name: {operator: many.get(operator, value)}, "$and": [{name: {"$gte": operands[1]}}]}
+            condition: Filter = {name: {operator: many.get(operator, value)}, "$and": [{name: {"$gte": operands[1]}}]}
             assert decided(connection, condition) is not None, condition
             found(connection, condition)
-    for condition in ({name: {"$ne": operands[0]}}, {name: {"$exists": True}}, {"$not": {name: operands[0]}}):
+    others: list[Filter] = [{name: {"$ne": operands[0]}}, {name: {"$exists": True}}, {"$not": {name: operands[0]}}]
+    for condition in others:
         assert decided(connection, condition) is None
     assert decided(connection, {name: operands[0], "other": 1}) is None
     assert decided(connection, {name: operands[0], "chunk.page": 1}) is not None
