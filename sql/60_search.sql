@@ -126,8 +126,9 @@ begin
       and set_config(''hnsw.ef_search'', least(greatest(%s, %s), 1000)::text, true) is not null
       and set_config(''hnsw.max_scan_tuples'', %s::int::text, true) is not null)',
       coalesce(p_ef::text, case when p_index ->> 'type' = 'lsh' then '100' when p_share is not null then '200'
-        -- asked when it runs: the statement stays the same while the library grows
-        else format('case when pgshelf.known_rows(%s) between 2 and 30000 then 100 else 150 end', p_shelf) end), p_reach,
+        -- asked when it runs, as pgshelf.known_rows does: the statement stays the same while the library grows
+        else format('case when (select k.reltuples from pg_catalog.pg_class k where k.oid = ''pgshelf.chunks_s%s''::pg_catalog.regclass) between 2 and 30000
+          then 100 else 150 end', p_shelf) end), p_reach,
       case when p_share is null then format('greatest(20000, 2 * %s)', p_reach)
         else format('least(greatest(5000, 2 * %s / %s::float8, %s), 40000)', p_reach, p_share, ceil(p_share * p_chunks)) end)
     when p_index ->> 'type' = 'ivfflat' then format(
@@ -174,6 +175,31 @@ create or replace function pgshelf.known_rows(p_shelf int) returns float8
   stable language sql set search_path = pg_catalog, pg_temp
 as $$ select greatest(c.reltuples, 1) from pg_class c where c.oid = to_regclass('pgshelf.chunks_s' || p_shelf) $$;
 
+-- Which way to go: exactly, by looking at all chunks that match, or by the index. share: of the library that matches, where it was looked for;
+-- chunks: how many it has, about, where that matters.
+create or replace function pgshelf.way(
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_reach int, out exactly boolean, out share float8, out chunks float8)
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_type text := p_library.index_actual ->> 'type';
+  v_few float8;
+  v_found record;
+begin
+  exactly := p_exact is true or v_type = 'flat';
+  if exactly then
+    return;
+  elsif p_condition.documents = 'true' and p_condition.chunks = 'true' then
+    chunks := case v_type when 'lsh' then pgshelf.known_rows(p_library.shelf) end;
+    return;
+  end if;
+  chunks := pgshelf.known_rows(p_library.shelf);
+  v_few := pgshelf.few(chunks, p_reach);
+  v_found := pgshelf.share_found(p_library, p_condition, p_filter, v_few);
+  share := v_found.share;
+  exactly := sqrt(v_found.looked * share) <= v_few;
+end $$;
+
 -- The chunks nearest to $1 that fulfil the filter: CTEs, the last one `near` (id, document_id, ordinal, distance), at most $3 rows.
 -- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
@@ -187,23 +213,11 @@ create or replace function pgshelf.vector_candidates(
 as $$
 declare
   v_index jsonb := p_library.index_actual;
-  v_exactly boolean := p_exact is true or v_index ->> 'type' = 'flat';
-  v_filtered boolean := p_condition.documents <> 'true' or p_condition.chunks <> 'true';
+  v_way record := pgshelf.way(p_library, p_condition, p_filter, p_exact, p_reach);
   v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance ', pgshelf.distance_operator(p_library.metric));
-  v_chunks float8;
-  v_few float8;
-  v_looked float8;
-  v_share float8;
   v_reach text;
 begin
-  if not v_exactly and (v_filtered or v_index ->> 'type' = 'lsh') then
-    v_chunks := pgshelf.known_rows(p_library.shelf);
-    v_few := pgshelf.few(v_chunks, p_reach);
-  end if;
-  if not v_exactly and v_filtered then
-    select m.looked, m.share into v_looked, v_share from pgshelf.share_found(p_library, p_condition, p_filter, v_few) m;
-  end if;
-  if v_exactly or sqrt(v_looked * v_share) <= v_few then
+  if v_way.exactly then
     perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
     return format('near as materialized (%s)', case p_apart
       when 'documents' then format('%s from pgshelf.chunks_s%s c where c.library_id = %L
@@ -212,7 +226,7 @@ begin
       when 'chunks' then 'select * from pgshelf.chunks_found($4, $1, $2, $3)'
       else pgshelf.nearest_exactly(p_library, p_condition) end);
   end if;
-  v_reach := pgshelf.index_reach(v_index, v_share, v_chunks);
+  v_reach := pgshelf.index_reach(v_index, v_way.share, v_way.chunks);
   return format($sql$nearest as materialized (%1$s),
     enough as materialized (select x.yes from (select count(*) >= %2$s as yes from nearest) x
       where set_config('pgshelf.strategy', case when x.yes then 'index' else 'index then exact' end, true) is not null),
@@ -220,22 +234,25 @@ begin
     near as (select x.id, x.document_id, x.ordinal, x.distance from (
       select * from exact union all select * from nearest where (select e.yes from enough e)) x
       order by x.distance + 0, x.id limit $3)$sql$,
-    pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_library.shelf, p_ef, v_share, v_chunks, v_reach), v_reach), v_reach,
+    pgshelf.index_scan(p_library, p_condition, pgshelf.tuning(v_index, p_library.shelf, p_ef, v_way.share, v_way.chunks, v_reach), v_reach), v_reach,
     v_exact || pgshelf.matching(p_library, p_condition));
 end $$;
 
--- Which statement of a filter can stand apart from the one that searches, and the statement: for a filter about documents alone the one that finds
--- them, whose chunks are then looked at by a plan that is kept, else all of the looking. Null where there is none.
-create or replace function pgshelf.apart(p_library pgshelf.libraries, p_condition record, out kind text, out statement text)
+-- Which statement of a filter stands apart from the one that searches, and the statement: for a filter about documents alone the one that finds
+-- them, whose chunks are then looked at by a plan that is kept, else all of the looking. Null where the index is the way to go.
+create or replace function pgshelf.apart(
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_reach int, out kind text, out statement text)
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_library.shelf = 0 then
+  if p_condition.documents = 'true' and p_condition.chunks = 'true' or not (pgshelf.way(p_library, p_condition, p_filter, false, p_reach)).exactly then
     return;
-  elsif p_condition.chunks <> 'true' then
+  end if;
+  perform set_config('pgshelf.strategy', 'exact', true);
+  if p_condition.chunks <> 'true' then
     kind := 'chunks';
     statement := pgshelf.nearest_exactly(p_library, p_condition);
-  elsif p_condition.documents <> 'true' then
+  else
     kind := 'documents';
     statement := pgshelf.matching_documents(p_library, p_condition);
   end if;

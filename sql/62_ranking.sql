@@ -167,6 +167,10 @@ create or replace function pgshelf.check_search(
   immutable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if p_k between 1 and 10000 and p_offset between 0 and 1000000 and p_group_size between 1 and 100
+    and num_nonnulls(p_group_by, p_lambda, p_candidates, p_ef) = 0 then
+    return; -- the common case, said once: each condition takes a while
+  end if;
   -- "is not true": null is no number of hits either
   if (p_k between 1 and 10000 and p_offset between 0 and 1000000) is not true then
     raise 'k must be from 1 to 10000 and offset from 0 to 1000000' using errcode = 'PS030';
@@ -231,11 +235,14 @@ as $$
 #variable_conflict use_column
 declare
   v_library pgshelf.libraries := pgshelf.library_named(search.library);
-  v_statement text;
   v_reach int;
-  v_plain boolean := search.exact is not true and search.ef_search is null and search.group_by is null and search.mmr_lambda is null;
+  v_common boolean := v_library.shelf <> 0 and search.exact is not true and search.ef_search is null and search.group_by is null
+    and search.mmr_lambda is null;
   v_condition record;
   v_apart record;
+  v_kind text;
+  v_part text;
+  v_statement text;
 begin
   perform pgshelf.check_search(search.k, search.offset, search.group_by, search.group_size, search.mmr_lambda, search.mmr_candidates, search.ef_search);
   if search.embedding is null then
@@ -243,19 +250,26 @@ begin
   end if;
   perform pgshelf.check_vector(search.embedding, v_library.dimension, v_library.metric, 'of the query');
   v_reach := pgshelf.reach('vector', search.k + search.offset, search.group_by is not null, search.group_size, search.mmr_lambda, search.mmr_candidates);
-  v_condition := pgshelf.compile_filter(v_library, search.filter);
-  v_apart := pgshelf.apart(v_library, v_condition);
-  if not v_plain then
-    v_apart.kind := null;
+  if v_common and search.filter is null then
+    v_kind := 'vector';
+  else
+    v_condition := pgshelf.compile_filter(v_library, search.filter);
+    if v_common then
+      v_apart := pgshelf.apart(v_library, v_condition, search.filter, v_reach);
+      v_kind := v_apart.kind;
+      v_part := v_apart.statement;
+    end if;
   end if;
-  v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
-    search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_apart => v_apart.kind);
+  if v_kind is null then
+    v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
+      search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition);
+  end if;
   if search.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach,
       p_condition => v_condition), 'vector', v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
-  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_plain and (search.filter is null or v_apart.kind is not null), search.embedding,
-    search.filter, v_reach, v_apart.statement, search.max_distance, search.min_score,
+  return query select f.* from pgshelf.found(v_library, v_kind, v_statement, search.embedding,
+    search.filter, v_reach, v_part, search.max_distance, search.min_score,
     search.include, search.k, search.offset, 60, '{1,1}'::float8[], search.group_size, search.mmr_lambda) f;
 end $$;
 
@@ -273,7 +287,7 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search_text.library);
   v_statement text;
   v_reach int;
-  v_common boolean := search_text.filter is null and search_text.group_by is null and search_text.mmr_lambda is null;
+  v_kind text := case when v_library.shelf <> 0 and search_text.filter is null and search_text.group_by is null and search_text.mmr_lambda is null then 'text' end;
 begin
   perform pgshelf.check_search(search_text.k, search_text.offset, search_text.group_by, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates, null);
@@ -282,14 +296,16 @@ begin
   end if;
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, search_text.mmr_lambda,
     search_text.mmr_candidates);
-  v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
-    search_text.mmr_lambda is not null, v_reach, false, case when v_common and v_library.shelf <> 0 then null else search_text.query end);
+  if v_kind is null then
+    v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
+      search_text.mmr_lambda is not null, v_reach, false, search_text.query);
+  end if;
   if search_text.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach,
       search_text.query), 'text',
       v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}');
   end if;
-  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, null::@vector@.vector, search_text.filter, v_reach,
+  return query select f.* from pgshelf.found(v_library, v_kind, v_statement, null::@vector@.vector, search_text.filter, v_reach,
     search_text.query, null::float8, search_text.min_score, search_text.include, search_text.k, search_text.offset, 60, '{1,1}'::float8[],
     search_text.group_size, search_text.mmr_lambda) f;
 end $$;
@@ -311,8 +327,8 @@ declare
   v_library pgshelf.libraries := pgshelf.library_named(search_hybrid.library);
   v_statement text;
   v_reach int;
-  v_common boolean := search_hybrid.filter is null and search_hybrid.exact is not true and search_hybrid.ef_search is null
-    and search_hybrid.fusion = 'rrf' and search_hybrid.group_by is null and search_hybrid.mmr_lambda is null;
+  v_kind text := case when v_library.shelf <> 0 and search_hybrid.filter is null and search_hybrid.exact is not true and search_hybrid.ef_search is null
+    and search_hybrid.fusion = 'rrf' and search_hybrid.group_by is null and search_hybrid.mmr_lambda is null then 'hybrid' end;
 begin
   perform pgshelf.check_search(search_hybrid.k, search_hybrid.offset, search_hybrid.group_by, search_hybrid.group_size, search_hybrid.mmr_lambda,
     coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates), search_hybrid.ef_search);
@@ -324,15 +340,16 @@ begin
   perform pgshelf.check_vector(search_hybrid.embedding, v_library.dimension, v_library.metric, 'of the query');
   v_reach := greatest(pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     search_hybrid.mmr_lambda, coalesce(search_hybrid.mmr_candidates, search_hybrid.candidates)), search_hybrid.candidates);
-  v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
-    search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false,
-    case when v_common and v_library.shelf <> 0 then null else search_hybrid.query end);
+  if v_kind is null then
+    v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
+      search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false, search_hybrid.query);
+  end if;
   if search_hybrid.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
       search_hybrid.ef_search, search_hybrid.fusion, v_reach, search_hybrid.query), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
       search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights);
   end if;
-  return query select f.* from pgshelf.found(v_library.shelf, v_statement, v_common, search_hybrid.embedding, search_hybrid.filter, v_reach,
+  return query select f.* from pgshelf.found(v_library, v_kind, v_statement, search_hybrid.embedding, search_hybrid.filter, v_reach,
     search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.include, search_hybrid.k, search_hybrid.offset,
     search_hybrid.fusion_k, search_hybrid.weights, search_hybrid.group_size, search_hybrid.mmr_lambda) f;
 end $$;

@@ -370,6 +370,7 @@ def test_few_documents_lead_to_their_chunks_in_a_plan_that_is_kept(connection: C
 @pytest.mark.parametrize("about", [{}, {"chunk.page": {"$gte": 1}}], ids=["documents", "chunks"])
 def test_where_attributes_decide_no_document_is_read(connection: Connection, about: dict[str, Any]) -> None:
     """Those of the hits are, by their keys; the library's others are found in the index of attributes alone."""
+    connection.execute("vacuum analyze pgshelf.attribute_values")
     for condition, read in ((FEW, []), (FEW | RARE, ["documents"])):
         found = connection.execute(
             "select pgshelf.explain_search('halfvec', '[0.1,0.2,-0.3,0.4]', filter => %s) -> 'plan' -> 'Plan'",
