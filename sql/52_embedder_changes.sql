@@ -9,7 +9,7 @@ create or replace function pgshelf.embedded_by(p_library text, p_embedder jsonb)
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if (pgshelf.library_named(p_library)).embedder <> p_embedder then
+  if p_embedder is not null and (pgshelf.library_named(p_library)).embedder <> p_embedder then
     raise 'the embedder of the library has changed' using errcode = 'PS041', hint = 'Embed the text once more, by the new one.';
   end if;
   return p_library;
