@@ -52,6 +52,8 @@ begin
   if not found then
     return;
   end if;
+  -- another version of sql/ waits until this is done, for it shall find and drop what the one before it wrote
+  perform pg_advisory_xact_lock_shared(x'6b657074'::int, 0);
   foreach v_kind in array pgshelf.kept_kinds(v_library) loop
     v_name := pgshelf.kept_name(v_library, v_kind);
     v_names := v_names || v_name;

@@ -230,6 +230,24 @@ def test_a_migration_drops_them_and_the_next_round_makes_them(
     assert kept(db) == names
 
 
+async def test_a_migration_waits_for_statements_that_are_being_made(
+    db: Connection, database_url: str, library: UUID, vector_schema: str
+) -> None:
+    """Else what the older version writes would be found by the newer one, under the same name."""
+    db.execute("update pgshelf.libraries set language = 'german'")
+    with psycopg.connect(database_url) as worker:
+        worker.execute("select pgshelf.keep_statements(%s)", [library])
+        upgrade = asyncio.create_task(asyncio.to_thread(migrate.upgrade, database_url, vector_schema=vector_schema))
+        waiting = "select from pg_locks where locktype = 'advisory' and not granted and classid = x'6b657074'::int"
+        async with asyncio.timeout(20):
+            while db.execute(waiting).fetchone() is None:
+                assert not upgrade.done()
+                await asyncio.sleep(0.01)
+        worker.commit()
+        await upgrade
+    assert kept(db) == []
+
+
 def test_nobody_else_may_call_them(db: Connection, library: UUID) -> None:
     public = db.execute(
         """select from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
