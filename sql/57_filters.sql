@@ -62,9 +62,11 @@ declare
   v_fits boolean;
   v_needs text;
 begin
-  -- the common case, said once: each expression takes a while
+  -- the common cases, said once: each expression takes a while
   if p_kind = 'json' and (p_operator in ('$eq', '$ne')
-    or p_operator in ('$gt', '$gte', '$lt', '$lte') and jsonb_typeof(p_operand) in ('number', 'string')) then
+    or p_operator in ('$gt', '$gte', '$lt', '$lte') and jsonb_typeof(p_operand) in ('number', 'string')
+    or p_operator = '$between' and jsonb_typeof(p_operand) = 'array' and jsonb_array_length(p_operand) = 2
+      and jsonb_typeof(p_operand -> 0) in ('number', 'string') and jsonb_typeof(p_operand -> 0) = jsonb_typeof(p_operand -> 1)) then
     return;
   end if;
   v_listed := p_operator in ('$in', '$nin', '$between', '$contains_any', '$contains_all');
@@ -327,6 +329,10 @@ declare
 begin
   if v_column is null then
     return null;
+  elsif p_operator = '$between' then
+    if jsonb_typeof(p_operand -> 0) <> v_json_type then
+      return null;
+    end if;
   elsif jsonb_typeof(p_operand) = 'array' then
     if exists (select from jsonb_array_elements(p_operand) x where jsonb_typeof(x) <> v_json_type) then
       return null;
@@ -348,8 +354,15 @@ create or replace function pgshelf.kept_exactly(p_type text, p_operand jsonb) re
   stable language plpgsql
 as $$
 begin
+  if jsonb_typeof(p_operand) = 'array' and p_type <> 'datetime' then
+    for i in 0 .. jsonb_array_length(p_operand) - 1 loop
+      if not pgshelf.kept_exactly(p_type, p_operand -> i) then
+        return false;
+      end if;
+    end loop;
+    return true;
+  end if;
   return case when p_type = 'datetime' then true
-    when jsonb_typeof(p_operand) = 'array' then not exists (select from jsonb_array_elements(p_operand) x where not pgshelf.kept_exactly(p_type, x))
     when p_type = 'number' then pgshelf.num(p_operand)::text::numeric = p_operand::numeric
     else char_length(p_operand #>> '{}') <= 256 end;
 end $$;
