@@ -55,7 +55,7 @@ end $$;
 -- The chunks that such a statement finds, of pgshelf.nearest_exactly.
 create or replace function pgshelf.chunks_found(p_statement text, p_embedding @vector@.vector, p_filter jsonb, p_reach int)
   returns table (id uuid, document_id uuid, ordinal int, distance float8)
-  stable language plpgsql set search_path = pg_catalog, pg_temp
+  stable language plpgsql set search_path = pg_catalog, pg_temp set enable_sort = on -- a kept statement does without
 as $$ begin return query execute p_statement using p_embedding, p_filter, p_reach; end $$;
 
 -- Where the chunks that fulfil a filter are found, each looked at once: "from ... where ...", with c (and d where needed) in scope.

@@ -53,6 +53,7 @@ begin
   elsif explain_search.embedding is not null then
     perform pgshelf.check_vector(explain_search.embedding, v_library.dimension, v_library.metric, 'of the query');
   end if;
+  -- as of this moment: another one may see values that attributes do not keep exactly, and would have to compile the filter again
   v_statement := pgshelf.search_statement(v_library, v_mode, explain_search.filter, explain_search.exact, explain_search.ef_search,
     p_reach => v_reach, p_kept => false, p_query => explain_search.query);
   execute 'explain (analyze, format json) ' || v_statement into v_plan

@@ -47,13 +47,15 @@ declare
   v_names text[] := '{}';
   v_name text;
 begin
+  -- a new version of sql/ waits for this, for it shall find and drop what the one before it wrote; while it comes nothing is made
+  if not pg_try_advisory_xact_lock_shared(x'6b657074'::int, 0) then
+    return;
+  end if;
   perform pg_advisory_xact_lock(x'6b657074'::int, hashtext(p_library::text));
   select l.* into v_library from pgshelf.libraries l where l.id = p_library and l.shelf <> 0 and l.deleted_at is null;
   if not found then
     return;
   end if;
-  -- another version of sql/ waits until this is done, for it shall find and drop what the one before it wrote
-  perform pg_advisory_xact_lock_shared(x'6b657074'::int, 0);
   foreach v_kind in array pgshelf.kept_kinds(v_library) loop
     v_name := pgshelf.kept_name(v_library, v_kind);
     v_names := v_names || v_name;

@@ -248,6 +248,17 @@ async def test_a_migration_waits_for_statements_that_are_being_made(
     assert kept(db) == []
 
 
+def test_none_are_made_while_a_migration_comes(db: Connection, database_url: str, library: UUID) -> None:
+    db.execute("update pgshelf.libraries set language = 'german'")
+    before = kept(db)
+    with psycopg.connect(database_url) as migration:
+        migration.execute("select pg_advisory_xact_lock(x'6b657074'::int, 0)")
+        db.execute("select pgshelf.keep_statements(%s)", [library])
+        assert kept(db) == before
+    db.execute("select pgshelf.keep_statements(%s)", [library])
+    assert set(kept(db)).isdisjoint(before)
+
+
 def test_nobody_else_may_call_them(db: Connection, library: UUID) -> None:
     public = db.execute(
         """select from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
