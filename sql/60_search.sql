@@ -201,22 +201,25 @@ begin
 end $$;
 
 -- The chunks nearest to $1 that fulfil the filter: CTEs, the last one `near` (id, document_id, ordinal, distance), at most $3 rows.
--- Which way to go is decided here, before anything is planned: planning a way that is not gone takes as long as many a search. Where the
+-- Which way to go is decided before anything is planned, here unless p_way says it: planning one that is not gone takes as long as many a search. Where the
 -- filter leaves few chunks, all of them are looked at. Else the index is scanned, and should it not come up with enough, all are looked
 -- at after all: no row is ever lost, whatever the filter's values are when the statement runs. pgshelf.strategy says which way it was, until
 -- the end of the transaction: asking costs a microsecond, and no plan need be read. p_apart: the filter stays out of what is written here
 -- and is in the statement $4, see pgshelf.apart, so that this is the same for all filters and may be kept: 'documents' looks at all chunks of the
 -- documents that $4 finds, 'chunks' takes what it finds.
 create or replace function pgshelf.vector_candidates(
-  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int, p_apart text) returns text
+  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_exact boolean, p_ef int, p_reach int, p_apart text, p_way record) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_index jsonb := p_library.index_actual;
-  v_way record := pgshelf.way(p_library, p_condition, p_filter, p_exact, p_reach);
+  v_way record := p_way;
   v_exact text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance ', pgshelf.distance_operator(p_library.metric));
   v_reach text;
 begin
+  if v_way is null then
+    v_way := pgshelf.way(p_library, p_condition, p_filter, p_exact, p_reach);
+  end if;
   if v_way.exactly then
     perform set_config('pgshelf.strategy', 'exact', true); -- not in the statement: it would keep it from running in parallel
     return format('near as materialized (%s)', case p_apart
@@ -239,15 +242,11 @@ begin
 end $$;
 
 -- Which statement of a filter stands apart from the one that searches, and the statement: for a filter about documents alone the one that finds
--- them, whose chunks are then looked at by a plan that is kept, else all of the looking. Null where the index is the way to go.
-create or replace function pgshelf.apart(
-  p_library pgshelf.libraries, p_condition record, p_filter jsonb, p_reach int, out kind text, out statement text)
+-- them, whose chunks are then looked at by a plan that is kept, else all of the looking.
+create or replace function pgshelf.apart(p_library pgshelf.libraries, p_condition record, out kind text, out statement text)
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_condition.documents = 'true' and p_condition.chunks = 'true' or not (pgshelf.way(p_library, p_condition, p_filter, false, p_reach)).exactly then
-    return;
-  end if;
   perform set_config('pgshelf.strategy', 'exact', true);
   if p_condition.chunks <> 'true' then
     kind := 'chunks';

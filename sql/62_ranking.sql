@@ -69,10 +69,10 @@ as $$
 $$;
 
 -- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both. Of a vector search the way is chosen
--- for p_reach candidates. p_condition: what compile_filter makes of p_filter, if that is known already; p_apart as in vector_candidates.
+-- for p_reach candidates. p_condition: what compile_filter makes of p_filter, if that is known already; p_apart and p_way as in vector_candidates.
 create or replace function pgshelf.candidates(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int,
-  p_query text default null, p_condition record default null, p_apart text default null) returns text
+  p_query text default null, p_condition record default null, p_apart text default null, p_way record default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -82,7 +82,7 @@ begin
   if v_condition is null then
     v_condition := pgshelf.compile_filter(p_library, p_filter);
   end if;
-  v_near := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, v_condition, p_filter, p_exact, p_ef, p_reach, p_apart) end;
+  v_near := case when p_mode <> 'text' then pgshelf.vector_candidates(p_library, v_condition, p_filter, p_exact, p_ef, p_reach, p_apart, p_way) end;
   if p_mode = 'vector' then
     return v_near;
   end if;
@@ -105,11 +105,12 @@ $$;
 -- The statement that searches a library: mode is vector, text or hybrid, p_ef overrides ef_search (probes for ivfflat). p_filter gives the
 -- shape, and with p_reach the way that is gone. It may be kept and run again, with other values too: p_kept makes it look whether the library
 -- is still where it was; p_query says for about how many words it shall be fast. Who runs it in the snapshot in which it was made need not look.
--- p_condition and p_apart as in candidates.
+-- p_condition, p_apart and p_way as in candidates.
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
-  p_kept boolean default true, p_query text default null, p_condition record default null, p_apart text default null) returns text
+  p_kept boolean default true, p_query text default null, p_condition record default null, p_apart text default null,
+  p_way record default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -125,7 +126,7 @@ begin
   if p_kept then
     v_condition.decided := null;
   end if;
-  v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart);
+  v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart, p_way);
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
     v_score := pgshelf.score_expression(p_library.metric);
@@ -239,6 +240,7 @@ declare
   v_common boolean := v_library.shelf <> 0 and search.exact is not true and search.ef_search is null and search.group_by is null
     and search.mmr_lambda is null;
   v_condition record;
+  v_way record;
   v_apart record;
   v_kind text;
   v_part text;
@@ -254,19 +256,20 @@ begin
     v_kind := 'vector';
   else
     v_condition := pgshelf.compile_filter(v_library, search.filter);
-    if v_common then
-      v_apart := pgshelf.apart(v_library, v_condition, search.filter, v_reach);
+    v_way := pgshelf.way(v_library, v_condition, search.filter, search.exact, v_reach);
+    if v_common and v_way.exactly and (v_condition.documents <> 'true' or v_condition.chunks <> 'true') then
+      v_apart := pgshelf.apart(v_library, v_condition);
       v_kind := v_apart.kind;
       v_part := v_apart.statement;
     end if;
   end if;
   if v_kind is null then
     v_statement := pgshelf.search_statement(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf',
-      search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition);
+      search.group_by is not null, search.mmr_lambda is not null, v_reach, false, p_condition => v_condition, p_way => v_way);
   end if;
   if search.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'vector', search.filter, search.exact, search.ef_search, 'rrf', v_reach,
-      p_condition => v_condition), 'vector', v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
+      p_condition => v_condition, p_way => v_way), 'vector', v_reach, search.k + search.offset, search.embedding, search.filter, null, search.max_distance, search.min_score, 60, '{1,1}');
   end if;
   return query select f.* from pgshelf.found(v_library, v_kind, v_statement, search.embedding,
     search.filter, v_reach, v_part, search.max_distance, search.min_score,
