@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgshelf.tracing import Traces
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
@@ -37,9 +38,6 @@ class Served(msgspec.Struct, frozen=True):
     stages: dict[str, float]  # milliseconds, `total` among them
     problem: str | None  # its code
     notes: dict[str, str]  # how it was done
-
-
-TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
 
 
 class Edge:
