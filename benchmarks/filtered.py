@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import psycopg
 
-from benchmarks import _corpus
-from benchmarks._corpus import SHARES, STRIPES, TAGS_BEGIN, Corpus, Scatter, Stopwatch, Truth
+from benchmarks import _corpus, _library
+from benchmarks._corpus import SHARES, STRIPES, TAGS_BEGIN, Corpus, Scatter
+from benchmarks._library import Stopwatch, Truth
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,9 +266,9 @@ def main() -> None:
         chosen.chunks, chosen.queries = 20_000, 20
     kinds = ("equality", "mixed") if chosen.quick else KINDS
     corpus = _corpus.chosen(chosen)
-    with _corpus.database() as connection:
-        library = _corpus.load(connection, corpus, "corpus", DECLARED)
-        built = _corpus.index(connection, "corpus", {"type": "hnsw"})
+    with _library.database() as connection:
+        library = _library.load(connection, corpus, "corpus", DECLARED)
+        built = _library.index(connection, "corpus", {"type": "hnsw"})
         said = statements(connection, library)
         wanted = set(chosen.cells.split())
         cells = [

@@ -16,8 +16,9 @@ from typing import Any
 
 import psycopg
 
-from benchmarks import _corpus
-from benchmarks._corpus import Corpus, Stopwatch, Truth
+from benchmarks import _corpus, _library
+from benchmarks._corpus import Corpus
+from benchmarks._library import Stopwatch, Truth
 
 K = 10
 RECALL = {"hnsw": 0.98, "ivfflat": 0.95, "lsh": 0.95, "kdtree": 1.0}
@@ -70,7 +71,7 @@ def measure(
     connection: psycopg.Connection[Any], corpus: Corpus, truth: Truth, name: str, type_: str, queries: int, cpu: bool
 ) -> Result:
     """Give the library an index and search with it, and without it every fifth time."""
-    built = _corpus.index(connection, name, {"type": type_})
+    built = _library.index(connection, name, {"type": type_})
     question = """select l.index_actual, pg_relation_size(format('pgshelf.chunks_s%%s_v%%s', l.shelf,
         l.index_actual ->> 'serial')::regclass) from pgshelf.libraries l where l.name = %s"""
     row = connection.execute(question, [name]).fetchone()
@@ -118,8 +119,8 @@ def main() -> None:
             if not wanted:
                 continue
             name = f"{job.dimension} dimensions"
-            with _corpus.database() as connection:
-                truth = Truth(job, _corpus.load(connection, job, name))
+            with _library.database() as connection:
+                truth = Truth(job, _library.load(connection, job, name))
                 for type_ in wanted:
                     queries = min(chosen.queries, len(job.queries))
                     results.append(measure(connection, job, truth, name, type_, queries, chosen.cpu))

@@ -19,7 +19,7 @@ import numpy as np
 import psycopg
 from psycopg.types.json import Jsonb
 
-from benchmarks._corpus import clock
+from benchmarks._library import clock
 from pgshelf import embedded, migrate, shelves
 from pgshelf.settings import Settings
 

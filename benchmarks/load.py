@@ -29,7 +29,7 @@ import psutil
 import psycopg
 from psycopg.types.json import Jsonb
 
-from benchmarks import _corpus
+from benchmarks import _corpus, _library
 from benchmarks._serving import serving
 from pgshelf import credentials
 from pgshelf.embedders import described
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write what the clients send to this file, and keep it")
     options = parser.parse_args()
     corpus = _corpus.python_sources(options.chunks)
-    with _corpus.database() as connection, tempfile.TemporaryDirectory() as folder:
+    with _library.database() as connection, tempfile.TemporaryDirectory() as folder:
         data = options.keep or Path(folder) / "data.json"
         data.write_text(json.dumps({**sent(corpus), "key": fill(connection, corpus)}))
         for workers in options.workers:
@@ -82,10 +82,10 @@ def sent(corpus: _corpus.Corpus) -> dict[str, Any]:
 
 def fill(connection: psycopg.Connection[Any], corpus: _corpus.Corpus) -> str:
     """The library `load` with the local embedder and an HNSW index; returns an admin's key."""
-    _corpus.load(connection, corpus, "load")
+    _library.load(connection, corpus, "load")
     embedder = Jsonb(described(LocalEmbedder()))
     connection.execute("update pgshelf.libraries set embedder = %s where name = 'load'", [embedder])
-    _corpus.index(connection, "load", {"type": "hnsw"})
+    _library.index(connection, "load", {"type": "hnsw"})
     made = credentials.mint()
     given = ["load", "admin", None, None, made.hash, made.hint]
     connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)

@@ -20,7 +20,7 @@ import psycopg
 from geventhttpclient import HTTPClient
 from psycopg.types.json import Jsonb
 
-from benchmarks import _corpus
+from benchmarks import _corpus, _library
 from benchmarks._serving import serving
 from pgshelf.embedders import described
 from pgshelf.embedders.local import LocalEmbedder
@@ -37,11 +37,11 @@ def main() -> None:
     parser = _corpus.options(__doc__)
     options = parser.parse_args()
     corpus = _corpus.chosen(options)
-    with _corpus.database() as connection:
-        _corpus.load(connection, corpus, LIBRARY)
+    with _library.database() as connection:
+        _library.load(connection, corpus, LIBRARY)
         embedder = Jsonb(described(LocalEmbedder()))
         connection.execute("update pgshelf.libraries set embedder = %s", [embedder])
-        seconds = _corpus.index(connection, LIBRARY, {"type": "hnsw"})
+        seconds = _library.index(connection, LIBRARY, {"type": "hnsw"})
         print(f"{corpus.name}: {len(corpus.texts)} chunks, index built in {seconds:.0f} s", flush=True)
         url = connection.info.dsn
         with serving(url, PORT, CACHE_BYTES="0") as without, serving(url, PORT + 1) as kept:

@@ -16,7 +16,7 @@ import psycopg
 from pgvector import Vector
 from psycopg.types.json import Jsonb
 
-from benchmarks import _corpus
+from benchmarks import _library
 
 PER_DOCUMENT = 10
 CHARACTERS = 600
@@ -34,10 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     print("bytes a chunk; in brackets what the formula says")
     print("| dimension | rows | keys and words' index | vector index | build memory (estimate) |")
-    with _corpus.database() as connection:
+    with _library.database() as connection:
         for dimension in options.dimensions:
             fill(connection, f"d{dimension}", dimension, options.chunks)
-            _corpus.index(connection, f"d{dimension}", {"type": "hnsw"})
+            _library.index(connection, f"d{dimension}", {"type": "hnsw"})
             show(connection, f"d{dimension}", dimension, options.chunks)
 
 
