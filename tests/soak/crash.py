@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import httpx2
 import numpy as np
@@ -41,6 +41,12 @@ State = tuple[str, ...] | None  # the texts of a document's chunks; None: there 
 STATE = """
 select d.key, array_agg(c.text order by c.ordinal), array_agg(c.ordinal order by c.ordinal)
 from pgshelf.documents d left join pgshelf.chunks c on c.document_id = d.id group by d.key
+"""
+
+SESSIONS: LiteralString = """
+select pid, application_name, state, wait_event_type, wait_event, pg_blocking_pids(pid),
+  now() - xact_start, now() - query_start, left(query, 200)
+from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
 """
 
 
@@ -82,6 +88,14 @@ class Service:
             return subprocess.Popen(
                 command, env=known, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
             )
+
+    def sessions(self) -> str:
+        """What the database is doing and who waits for whom, or why it does not say."""
+        try:
+            with psycopg.connect(self.database.url(), autocommit=True, connect_timeout=5) as db:
+                return "\n".join(map(str, db.execute(SESSIONS).fetchall()))
+        except psycopg.Error as error:
+            return repr(error)
 
     def workers(self) -> list[psutil.Process]:
         return workers_of(self.process.pid)

@@ -27,6 +27,8 @@ DIMENSIONS = (256, 64)
 LIBRARIES = {"small": 100, "large": 600}  # chunks that stay; the small one is on shelf 0, the large one has an index
 PART = 50  # chunks of a document
 ARRIVAL_SECONDS = 90.0
+PATIENCE = 45.0  # seconds for an answer: behind the server's own limits, so that it says itself what took too long
+SLOW = 10.0  # seconds after which it is written down what the database is doing
 FOUND = """
 select c.text, c.embedding::text from pgshelf.chunks_view c where c.library = %s
 """
@@ -178,15 +180,22 @@ class Changes:
     def _asked(self, method: str, address: str, body: Any) -> Any:
         """The answer; None where a kill kept it away."""
         begun = time.monotonic()
+        sessions: list[str] = []
+        slow = threading.Timer(SLOW, lambda: sessions.append(self.service.sessions()))
+        slow.start()
         try:
-            answer = httpx2.request(method, f"{self.service.url}{address}", json=body, timeout=30)
+            answer = httpx2.request(method, f"{self.service.url}{address}", json=body, timeout=PATIENCE)
             if answer.is_success and answer.status_code != 202:
                 return answer.json()
             trouble = f"{answer.status_code} {answer.text}"
         except httpx2.TransportError as error:
             trouble = repr(error)
+        finally:
+            slow.cancel()
+        took = f"seed {self.seed}: {trouble} after {time.monotonic() - begun:.1f} s"
+        told = [took, *sessions, self.service.output[-3000:]]
         # a connection of the pool may be met dead for a moment after all serves again
-        assert (begun < self._recovered + 5 and self._killed > 0) or self._killed > self._recovered, trouble
+        assert (begun < self._recovered + 5 and self._killed > 0) or self._killed > self._recovered, "\n".join(told)
         self.counts["excused"] += 1
         return None
 
