@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import coverage
 import httpx2
 import pytest
 
@@ -65,6 +66,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     choice = config.stash[CHOICE]
     version = "" if choice.kind == "dsn" else f" {choice.version}"
     return f"postgres: {choice.kind}{version}, pgvector in schema {config.getoption('--vector-schema')}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """In a worker of xdist coverage has begun twice before pytest-cov begins it for the tests: as in every process that
+    is started while it watches, and to see the plugins. Those would watch whatever this one is told not to."""
+    while hasattr(session.config, "workerinput") and (running := coverage.Coverage.current()) is not None:
+        running.stop()
 
 
 @pytest.hookimpl(optionalhook=True)
