@@ -7,7 +7,6 @@ PGSHELF_TEST_VECTOR_SCHEMA; what remains of it, PGSHELF_* apart, goes to the ser
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
@@ -20,10 +19,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import coverage
 import httpx2
 import pytest
 
+from tests import watching
 from tests.cohere_server import CohereServer
 from tests.openai_server import OpenAIServer
 from tests.postgres import OPTIONS, Choice, Databases, NoServer, Server, choose, docker_answers, start_server
@@ -33,7 +32,6 @@ CHOICE = pytest.StashKey[Choice]()
 SERVER = pytest.StashKey[Server]()
 _made: set[Path] = set()  # files of tests that have made a server
 WATCHED = pytest.StashKey[bool]()
-WATCHED_PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,12 +66,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"postgres: {choice.kind}{version}, pgvector in schema {config.getoption('--vector-schema')}"
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before pytest-cov begins, and before xdist starts its workers
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """In a worker of xdist coverage has begun twice before pytest-cov begins it for the tests: as in every process that
-    is started while it watches, and to see the plugins. Those would watch whatever this one is told not to."""
-    while hasattr(session.config, "workerinput") and (running := coverage.Coverage.current()) is not None:
-        running.stop()
+    if not _runs_tests(session.config):
+        watching.watch(session.config, False)
+    elif hasattr(session.config, "workerinput"):
+        watching.watch_once()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,14 +83,21 @@ def pytest_configure_node(node: Any) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """What is imported to collect the tests stays: looking for garbage there took a quarter of collecting them."""
+    if session.config.pluginmanager.hasplugin("_cov") and _runs_tests(session.config):
+        watching.watch_imports(session.config)
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _runs_tests(config: pytest.Config) -> bool:
+    """Whether this process does, rather than workers of xdist that it starts."""
+    return hasattr(config, "workerinput") or getattr(config.option, "dist", "no") == "no"
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -112,27 +117,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    with contextlib.nullcontext() if item.stash[WATCHED] else unwatched(item.config):
-        return (yield)
-
-
-@contextmanager
-def unwatched(config: pytest.Config) -> Iterator[None]:
-    """Coverage does not watch the block, nor the processes that are started in it."""
-    coverage = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    if coverage is None or not coverage.started:
-        yield
-        return
-    processes, leave = os.environ.pop(WATCHED_PROCESSES, None), os._exit
-    coverage.pause()
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    watching.watch(item.config, item.stash[WATCHED])
     try:
-        yield
+        return (yield)
     finally:
-        coverage.resume()
-        os._exit = leave  # coverage has wrapped it once more
-        if processes is not None:
-            os.environ[WATCHED_PROCESSES] = processes
+        if nextitem is None:
+            watching.watch(item.config, True)
 
 
 def first_of_its_file(request: pytest.FixtureRequest) -> bool:
@@ -390,8 +381,8 @@ def _live_servers(tmp_path: Path, request: pytest.FixtureRequest | None = None) 
 
     def make(url: str | None, *arguments: str, wait: bool = True, port: int = 0, **environment: str) -> LiveServer:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
-        if WATCHED_PROCESSES in inherited and not watched():
-            del inherited[WATCHED_PROCESSES]
+        if watching.PROCESSES in inherited and not watched():
+            del inherited[watching.PROCESSES]
         known = {"PGSHELF_DATABASE_URL": url or "", "PGSHELF_DATA_DIR": str(tmp_path / "data"), "PGSHELF_WORKERS": "1"}
         log = tmp_path / f"serve-{len(servers)}.log"
         server = LiveServer(list(arguments), {**inherited, **known, **environment}, port or _free_port(), log)
