@@ -207,6 +207,7 @@ def test_doctor_knows_the_roles(run: Run, database_url: str, vector_schema: str)
         assert (result.exit_code, lines(result, "fail")) == (0, [])
 
 
+@pytest.mark.watched
 @pytest.mark.parametrize("name", BROKEN)
 def test_doctor_names_what_is_wrong(run: Run, database_url: str, name: str) -> None:
     statements, level, said = BROKEN[name]

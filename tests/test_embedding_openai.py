@@ -27,6 +27,8 @@ from pgshelf.settings import Settings, SettingsError
 from tests.cohere_server import Fault, changed, cut_off, hang, numbers_of, raw, reset, status
 from tests.openai_server import OpenAIServer
 
+pytestmark = pytest.mark.watched  # each case is another way
+
 TEXTS = ["vacuum reclaims storage", "a cat sleeps"]
 CHOICE = {"provider": "openai", "model": "bge-of-tests", "dimension": 16}
 

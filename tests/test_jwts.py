@@ -20,6 +20,8 @@ from pgshelf.errors import Problem
 from pgshelf.settings import Settings
 from tests.issuer import ALGORITHMS, AUDIENCE, NAME, Issuer
 
+pytestmark = pytest.mark.watched  # each case is another way
+
 TRUST = {"jwt_issuer": NAME, "jwt_audience": AUDIENCE}
 
 

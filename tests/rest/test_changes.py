@@ -20,8 +20,6 @@ from pgshelf import changes, database, pools
 from tests.conftest import LiveServer
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
-pytestmark = pytest.mark.unwatched
-
 CHANGES = at("libraries", "shelf", "changes")
 DOCUMENTS = at("libraries", "shelf", "documents")
 

@@ -10,8 +10,6 @@ import pytest
 
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, raw, until
 
-pytestmark = pytest.mark.unwatched
-
 
 def path(chunk: dict[str, Any]) -> str:
     return at("libraries", "shelf", "chunks", chunk["id"])

@@ -11,8 +11,6 @@ import pytest
 
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
-pytestmark = pytest.mark.unwatched
-
 DOCUMENTS = at("libraries", "shelf", "documents")
 KEYS = [
     "guide/vacuum", "/", "//", "a/../b", "...", "100%", "%2F", "%", "a b", " edge ", "ключ", "文書", "\U0001f4da", "é",

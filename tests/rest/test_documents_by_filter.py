@@ -13,8 +13,6 @@ import pytest
 
 from tests.rest.asking import at, chunks, document, library, ok, problem, until
 
-pytestmark = pytest.mark.unwatched
-
 QUERY = at("libraries", "shelf", "documents", "query")
 UPDATE = at("libraries", "shelf", "documents", "update")
 DELETE = at("libraries", "shelf", "documents", "delete")

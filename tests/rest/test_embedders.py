@@ -12,8 +12,6 @@ from tests.cohere_server import CohereServer, hang, raw, status
 from tests.openai_server import OpenAIServer
 from tests.rest.asking import at, ok, problem
 
-pytestmark = pytest.mark.unwatched
-
 LIBRARIES = "/v1/libraries"
 SHELF = at("libraries", "shelf")
 DOCUMENTS, SEARCH = f"{SHELF}/documents", f"{SHELF}/search"

@@ -13,8 +13,6 @@ from pgshelf import ingest, worker
 from pgshelf.pools import make_engine
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
-pytestmark = pytest.mark.unwatched
-
 EVENTS = at("libraries", "shelf", "events")
 DOCUMENTS = at("libraries", "shelf", "documents")
 EVENT: dict[str, Any] = {

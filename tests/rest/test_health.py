@@ -6,12 +6,9 @@ from typing import Any
 
 import httpx2
 import psycopg
-import pytest
 
 from pgshelf import __version__, migrate, schema
 from tests.rest.asking import ok, problem
-
-pytestmark = pytest.mark.unwatched
 
 
 async def test_health_and_readiness(client: httpx2.AsyncClient) -> None:

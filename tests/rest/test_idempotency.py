@@ -15,8 +15,6 @@ import pytest
 from pgshelf import ingest
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
-pytestmark = pytest.mark.unwatched
-
 REPLAYED = "idempotent-replayed"
 SHELF = at("libraries", "shelf")
 DOCUMENTS = f"{SHELF}/documents"

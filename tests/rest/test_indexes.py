@@ -13,8 +13,6 @@ import pytest
 from tests.rest.asking import at, document, library, ok, problem, until
 from tests.shelving import reconcile
 
-pytestmark = pytest.mark.unwatched
-
 INDEX = at("libraries", "shelf", "index")
 
 

@@ -11,8 +11,6 @@ import pytest
 
 from tests.rest.asking import at, document, library, local, ok, pages, problem, until
 
-pytestmark = pytest.mark.unwatched
-
 
 async def test_a_name_is_enough(client: httpx2.AsyncClient) -> None:
     response = await client.post("/v1/libraries", json={"name": "handbook"})

@@ -29,7 +29,7 @@ from tests.issuer import Issuer
 from tests.postgres import Databases
 from tests.rest.asking import at, bearer, document, key, library, ok, problem, until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.unwatched]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.watched]
 
 ROOT = Path(__file__).parents[2]
 SHELF = at("libraries", "shelf")

@@ -13,8 +13,6 @@ import pytest
 
 from tests.rest.asking import at, chunks, document, library, local, ok, raw
 
-pytestmark = pytest.mark.unwatched
-
 SEARCH = at("libraries", "shelf", "search")
 PARTS = ("text", "metadata", "document", "embedding")
 

@@ -11,8 +11,6 @@ import pytest
 
 from pgshelf import database, migrate, pools
 
-pytestmark = pytest.mark.unwatched
-
 DOCUMENT = {"chunks": [{"text": "one", "embedding": [1.0, 0.0]}]}
 LIBRARY = {"name": "a", "dimension": 2, "embedder": {"provider": "none"}}
 
