@@ -102,7 +102,7 @@ def _runs_tests(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage watches a test's first case: being watched doubles what Python takes. A marker says otherwise.
+    """Coverage watches a test's first case, for being watched takes many times as long. A marker says otherwise.
 
     Tests that share the database of their file go to one process, which fills it once.
     """

@@ -13,12 +13,18 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import coverage
 import pytest
 
 PROCESSES = "COVERAGE_PROCESS_CONFIG"  # coverage's own: what is started with it is watched, too
-TOLD = pytest.StashKey[str | None]()  # what it is while none is
+
+
+def coverage_of(config: pytest.Config) -> Any:
+    """What pytest-cov controls coverage with; None where it does not run."""
+    controller = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    return None if controller is None or controller.cov is None else controller
 
 
 def watch(config: pytest.Config, wanted: bool) -> None:
@@ -26,23 +32,21 @@ def watch(config: pytest.Config, wanted: bool) -> None:
 
     What changes nothing is left alone: to begin again takes coverage longer than many a test.
     """
-    controller = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    if controller is None or controller.cov is None or controller.started == wanted:
+    controller = coverage_of(config)
+    if controller is None or controller.started == wanted:
         return
     if wanted:
         leave = os._exit
-        controller.resume()
+        controller.resume()  # which tells processes, too
         os._exit = leave  # coverage has wrapped it once more
-        if told := config.stash.get(TOLD, None):
-            os.environ[PROCESSES] = told
     else:
         controller.pause()
-        config.stash[TOLD] = os.environ.pop(PROCESSES, None)
+        os.environ.pop(PROCESSES, None)
 
 
 def watch_once() -> None:
-    """In a worker of xdist coverage has begun to see the plugins before pytest-cov begins it for the tests. That one
-    would watch whatever this one is told not to, and so would that of a process that is started while it watches."""
+    """End what has begun before pytest-cov begins for the tests, as it does in a worker of xdist to see plugins load:
+    it would watch whatever the later one is told not to."""
     while (running := coverage.Coverage.current()) is not None:
         running.stop()
 

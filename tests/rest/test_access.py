@@ -121,7 +121,7 @@ async def service(
             yield Service(client, shared_database_url, document, issuer)
 
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_every_route_is_in_the_matrix_and_has_a_rule(service: Service) -> None:

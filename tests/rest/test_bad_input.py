@@ -16,7 +16,7 @@ import pytest_asyncio
 from pgshelf.errors import CODES
 from tests.rest.asking import at, chunks, document, library, local, problem, raw
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LIBRARIES, SHELF = "/v1/libraries", at("libraries", "shelf")
 DOCUMENTS, SEARCH = f"{SHELF}/documents", f"{SHELF}/search"

@@ -28,7 +28,6 @@ from tests.sdk.script import CHUNK, DOCUMENT, EMBEDDER, INDEX, LIBRARY, Answer, 
 Case = tuple[str, tuple[Any, ...], dict[str, Any], httpx2.Response]
 
 # What changes nothing, and writes, each of which has an idempotency key.
-
 READS: list[Case] = [
     ("get_library", ("x",), {}, ok(LIBRARY)),
     ("documents", ("x",), {}, ok({"items": [], "next": None})),
