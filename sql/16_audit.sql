@@ -28,7 +28,8 @@ as $$
   select pgshelf.audit(p_action, 'done', 'role', pgshelf.caller(), null, p_library::text, null, null, 1, p_detail)
 $$;
 
--- Forgets rows that are older than p_keep, at most p_limit of them; tells how many. Nothing else may take rows away.
+-- Forgets rows that are older than p_keep, and than a day whatever is said, for the service may call this; at most p_limit of them. Tells how
+-- many. Nothing else may take rows away.
 create or replace function pgshelf.prune_audit(p_keep interval, p_limit int default 5000) returns int
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
@@ -37,13 +38,13 @@ declare
 begin
   perform set_config('pgshelf.prunes_audit', 'on', true);
   delete from pgshelf.audit_log a where (a.at, a.id) in (select x.at, x.id from pgshelf.audit_log x
-    where x.at < now() - p_keep order by x.at, x.id limit p_limit for update skip locked);
+    where x.at < now() - greatest(p_keep, interval '1 day') order by x.at, x.id limit p_limit for update skip locked);
   get diagnostics v_gone = row_count;
   perform set_config('pgshelf.prunes_audit', 'off', true);
   return v_gone;
 end $$;
 
--- Keeps everybody from changing rows, the owner too, who could only take the trigger away first.
+-- Keeps everybody from changing rows by mistake, the owner too, who could take the trigger away.
 create or replace function pgshelf.audit_kept() returns trigger
   language plpgsql set search_path = pg_catalog, pg_temp
 as $$

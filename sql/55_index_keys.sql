@@ -1,5 +1,6 @@
 -- What an index of a library is computed from, said once: index definitions and search statements both ask here.
 -- An index is {"type", "serial", ...}: hnsw {m, ef_construction, storage}, ivfflat {lists, storage}, lsh {bits, seed}, kdtree {axes}.
+-- Whatever of it comes into a statement is a number or a word of ours: the owner runs these, and others write the row.
 
 -- The code of a vector under an lsh index: on which side of each hyperplane it lies. Immutable by promise: planes never change.
 create or replace function pgshelf.lsh_code(p_vector @vector@.vector, p_serial int) returns bit varying
@@ -27,7 +28,7 @@ create or replace function pgshelf.kd_point(p_axes jsonb, p_vector text) returns
   immutable parallel safe language sql
 as $$
   select format('pg_catalog.point(%s)', string_agg(x.sum, ', ' order by x.axis)) from (
-    select a.axis, string_agg(format('(%s::real[])[%s] * (%s)::float8', p_vector, n.place, n.number), ' + ' order by n.place) as sum
+    select a.axis, string_agg(format('(%s::real[])[%s] * (%s)::float8', p_vector, n.place, n.number::float8), ' + ' order by n.place) as sum
     from jsonb_array_elements(p_axes) with ordinality a(numbers, axis), jsonb_array_elements_text(a.numbers) with ordinality n(number, place)
     group by a.axis) x
 $$;
@@ -40,7 +41,7 @@ as $$
 begin
   return case
     when p_index ->> 'type' = 'lsh' then format('(%s::bit(%s))', case when starts_with(p_vector, '$')
-      then format('pgshelf.lsh_code(%s, %s)', p_vector, p_index ->> 'serial') else replace(p_vector, 'embedding', 'code') end, p_index ->> 'bits')
+      then format('pgshelf.lsh_code(%s, %s)', p_vector, (p_index ->> 'serial')::int) else replace(p_vector, 'embedding', 'code') end, (p_index ->> 'bits')::int)
     when p_index ->> 'type' = 'kdtree' then pgshelf.kd_point(p_index -> 'axes', p_vector)
     when p_index ->> 'storage' = 'bit' then format('(@vector_ident@.binary_quantize(%s)::bit(%s))', p_vector, p_dimension)
     when p_index ->> 'storage' = 'vector' then format('(%s::@vector_ident@.vector(%s))', p_vector, p_dimension)
@@ -64,14 +65,14 @@ create or replace function pgshelf.index_definition(p_index jsonb, p_metric text
   immutable parallel safe language sql
 as $$
   select format('using %s (%s %s)%s',
-    case p_index ->> 'type' when 'lsh' then 'hnsw' when 'kdtree' then 'spgist' else p_index ->> 'type' end,
+    case p_index ->> 'type' when 'hnsw' then 'hnsw' when 'lsh' then 'hnsw' when 'ivfflat' then 'ivfflat' when 'kdtree' then 'spgist' end,
     pgshelf.index_key(p_index, p_metric, p_dimension, 'embedding'),
     case when p_index ->> 'type' = 'kdtree' then 'pg_catalog.kd_point_ops'
       when p_index ->> 'type' = 'lsh' or p_index ->> 'storage' = 'bit' then '@vector_ident@.bit_hamming_ops'
-      else '@vector_ident@.' || (p_index ->> 'storage') || '_' || case p_metric
+      else '@vector_ident@.' || case p_index ->> 'storage' when 'halfvec' then 'halfvec_' when 'vector' then 'vector_' end || case p_metric
         when 'cosine' then 'cosine' when 'l2' then 'l2' when 'inner_product' then 'ip' when 'l1' then 'l1' end || '_ops' end,
-    case when p_index ->> 'type' = 'ivfflat' then format(' with (lists = %s)', p_index ->> 'lists')
+    case when p_index ->> 'type' = 'ivfflat' then format(' with (lists = %s)', (p_index ->> 'lists')::int)
       when p_index ->> 'type' in ('hnsw', 'lsh') then
-        format(' with (m = %s, ef_construction = %s)', coalesce(p_index ->> 'm', '16'), coalesce(p_index ->> 'ef_construction', '64'))
+        format(' with (m = %s, ef_construction = %s)', coalesce((p_index ->> 'm')::int, 16), coalesce((p_index ->> 'ef_construction')::int, 64))
       else '' end)
 $$;

@@ -3,7 +3,7 @@
 -- $8 k, $9 offset, $10 fusion k, $11 fusion weights, $12 group size, $13 lambda of MMR. Values are bound, names of ours are literals.
 
 -- Loads pgvector, so that the settings that functions below carry are its own and known to be ours to set.
-do $$ begin perform @vector@.vector_norm('[1]'); end $$;
+do $$ begin perform @vector@.vector_norm('[1]'::@vector@.vector); end $$;
 
 -- False never comes back: a statement made for another shelf raises "ask again", in the snapshot it runs in.
 create or replace function pgshelf.on_shelf(p_library uuid, p_shelf int) returns boolean

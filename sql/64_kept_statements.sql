@@ -60,11 +60,13 @@ begin
     v_name := pgshelf.kept_name(v_library, v_kind);
     v_names := v_names || v_name;
     continue when to_regproc('pgshelf.' || v_name) is not null;
-    execute format($sql$create function pgshelf.%1$I(@vector_ident@.vector, jsonb, int, text, float8, float8, text[], int, int, int, float8[], int, float8)
+    execute format($sql$create function pgshelf.%1$I(@vector_ident@.vector, jsonb, int, text, float8, float8, text[], int, int, int, float8[], int, float8, uuid)
       returns table (chunk_id uuid, document_id uuid, key text, ordinal int, score float8, distance float8, text text,
         metadata jsonb, title text, source text, document_metadata jsonb, chunk_embedding @vector_ident@.vector, highlight text)
       stable language plpgsql set enable_sort = off as %2$L$sql$, v_name,
-      format(E'#variable_conflict use_column\nbegin return query %s; end', pgshelf.kept_statement(v_library, v_kind)));
+      -- everybody may read what is in a function, so the id of its library is not
+      format(E'#variable_conflict use_column\nbegin return query %s; end',
+        replace(pgshelf.kept_statement(v_library, v_kind), quote_literal(v_library.id), '$14')));
     execute format('revoke all on function pgshelf.%I from public', v_name);
   end loop;
   for v_name in select p.oid::regprocedure from pg_proc p where p.pronamespace = 'pgshelf'::regnamespace
@@ -103,7 +105,7 @@ begin
     end if;
     perform set_config('pgshelf.kept', v_mine || ' ' || v_name, false);
   end if;
-  return format('select * from pgshelf.%I($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)', v_name);
+  return format('select * from pgshelf.%I($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, %L)', v_name, p_library.id);
 end $$;
 
 -- Runs a search statement with its values, or that of a kind.

@@ -655,7 +655,7 @@ end $$;
 create or replace function pgshelf.build_statements(p_library uuid, p_shelf int, p_index jsonb, p_concurrently boolean) returns setof text
   stable language sql set search_path = pg_catalog, pg_temp
 as $$
-  select format(s, p_shelf, p_index ->> 'serial', pgshelf.index_definition(p_index, l.metric, pgshelf.shelf_dimension(l, p_shelf)),
+  select format(s, p_shelf, (p_index ->> 'serial')::int, pgshelf.index_definition(p_index, l.metric, pgshelf.shelf_dimension(l, p_shelf)),
     case when p_concurrently then 'concurrently' end)
   from pgshelf.libraries l, unnest(array[
     'create index %4$s chunks_s%1$s_v%2$s on pgshelf.chunks_s%1$s %3$s',

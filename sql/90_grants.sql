@@ -16,9 +16,7 @@ declare
   v_reading text[] := v_numbers || array[
     'select on pgshelf.documents_view, pgshelf.chunks_view',
     'execute on function pgshelf.search, pgshelf.search_text, pgshelf.search_hybrid, pgshelf.explain_search, pgshelf.total_hits',
-    'execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes, pgshelf.index_recall',
-    -- a business table may hold a foreign key to a document
-    'references (id) on pgshelf.documents'];
+    'execute on function pgshelf.facets, pgshelf.count_documents, pgshelf.changes, pgshelf.index_recall'];
   v_writing text[] := v_reading || array[
     'execute on function pgshelf.put_document, pgshelf.delete_document, pgshelf.update_documents, pgshelf.delete_documents',
     'execute on function pgshelf.retry_embeddings'];
@@ -27,7 +25,12 @@ declare
   v_serving text[] := v_writing || v_monitoring || array[
     'select on pgshelf.installation, pgshelf.alembic_version, pgshelf.documents, pgshelf.change_log, pgshelf.waiting, pgshelf.embedder_changes',
     'select on pgshelf.keys, pgshelf.key_secrets, pgshelf.audit_log',
-    'select, insert, update on pgshelf.libraries, pgshelf.idempotency_keys',
+    'select on pgshelf.libraries',
+    -- what clients say of a library, and nothing that pgshelf makes of it
+    'insert (name, description, dimension, metric, embedder, chunking, language, metadata, index, index_state, attributes, attributes_ready)
+      on pgshelf.libraries',
+    'update (name, description, chunking, metadata, version, updated_at) on pgshelf.libraries',
+    'select, insert, update on pgshelf.idempotency_keys',
     'execute on function pgshelf.is_id, pgshelf.in_scope, pgshelf.library_in_scope, pgshelf.merge_patch, pgshelf.scoped, pgshelf.shelf_rows'];
   v_working text[] := array['usage on schema pgshelf'];
   v_role text;
@@ -38,6 +41,10 @@ begin
     ('pgshelf_service', v_serving), ('pgshelf_worker', v_working) loop
     -- a role that could not be created is reported by pgshelf migrate; the rest of the upgrade does not wait for it
     continue when to_regrole(v_role) is null;
+    -- older versions granted these: to check a foreign key PostgreSQL runs what its maker wrote, a cast, as the owner of the referenced table
+    execute format('revoke references on pgshelf.documents from %I', v_role);
+    execute format('revoke references (id) on pgshelf.documents from %1$I', v_role);
+    execute format('revoke insert, update on pgshelf.libraries from %I', v_role);
     foreach v_grant in array v_grants loop
       execute format('grant %s to %I', v_grant, v_role);
     end loop;

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from pgshelf import migrate
 from tests.roles import Login, ask, logins
 from tests.test_sql_surface import make_library, put
 
@@ -334,3 +335,54 @@ def test_the_service_may_be_granted_a_part(owner: Connection, login: Login, mine
             assert caught.value.sqlstate == state, statement
     finally:
         owner.execute("rollback")
+
+
+def test_nobody_is_given_foreign_keys(owner: Connection, login: Login, mine: str, shared_database_url: str) -> None:
+    """PostgreSQL checks them as the owner of the table, and runs what their maker wrote: a cast of the value, say."""
+    owner.execute("grant references (id) on pgshelf.documents to pgshelf_reader, pgshelf_service")  # as once
+    owner.execute("grant insert, update on pgshelf.libraries to pgshelf_service")
+    migrate.upgrade(shared_database_url)
+    held = owner.execute("select has_table_privilege('pgshelf_service', 'pgshelf.libraries', 'insert, update')")
+    assert held.fetchone() == (False,)
+    for role in ("reader", "writer", "monitor", "service", "worker"):
+        question = "select has_any_column_privilege(%s, 'pgshelf.documents', 'references')"
+        assert owner.execute(question, [f"pgshelf_{role}"]).fetchone() == (False,)
+    reader = login("pgshelf_reader", libraries={mine: "read"})
+    schema = sql.Identifier(f"s{uuid.uuid4().hex}")
+    [[name]] = ask(reader, "select current_user")
+    owner.execute(sql.SQL("create schema {} authorization {}").format(schema, sql.Identifier(name)))
+    with psycopg.connect(reader, autocommit=True) as session, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        session.execute(
+            sql.SQL("create table {}.notes (document uuid references pgshelf.documents (id))").format(schema)
+        )
+
+
+INDEXES = [
+    '{"type": "kdtree", "axes": [["(select 1 / 0)", 0], [0, 0]]}',
+    '{"type": "lsh", "serial": "1), (select 1 / 0)", "bits": 64}',
+    '{"type": "lsh", "serial": 1, "bits": "64)), (select 1 / 0"}',
+    '{"type": "hnsw", "serial": 1, "storage": "vector", "m": "4), (select 1 / 0"}',
+    '{"type": "hnsw", "serial": 1, "storage": "vector", "ef_construction": "4), (select 1 / 0"}',
+    '{"type": "ivfflat", "serial": "1 (select 1 / 0)", "storage": "vector", "lists": 4}',
+    '{"type": "ivfflat", "serial": 1, "storage": "vector", "lists": "4, (select 1 / 0)"}',
+    '{"type": "ivfflat (select 1 / 0)", "serial": 1, "storage": "vector", "lists": 4}',
+    '{"type": "hnsw", "serial": 1, "storage": "vector (select 1 / 0)"}',
+]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_what_is_said_of_an_index_is_never_run(owner: Connection, login: Login, mine: str, index: str) -> None:
+    """Neither the service may write it, nor does any of it but numbers and words of ours come into a statement."""
+    service = login("pgshelf_service")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        ask(service, "update pgshelf.libraries set index_actual = %s::jsonb", index)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        ask(service, "update pgshelf.libraries set shelf = 7")
+    told = """select pgshelf.index_key(x.i, 'l2', 2, '$1'), pgshelf.index_definition(x.i, 'l2', 2), s
+        from (select %s::jsonb as i) x left join pgshelf.libraries l on l.name = %s
+        left join pgshelf.build_statements(l.id, 1, x.i, false) s on true"""
+    try:
+        texts = owner.execute(told, [index, mine]).fetchall()
+    except psycopg.errors.InvalidTextRepresentation:
+        return
+    assert "select" not in str(texts)

@@ -195,7 +195,7 @@ def test_what_is_dropped_in_between_does_no_harm(
               'begin perform pgshelf.gone(); end') from pg_proc p where p.proname = '{name}'); end $$""".encode()
         )
     with pytest.raises(psycopg.errors.UndefinedFunction):
-        db.execute(f"select pgshelf.{kept(db)[0]}({', '.join(['null'] * 13)})".encode())
+        db.execute(f"select pgshelf.{kept(db)[0]}({', '.join(['null'] * 14)})".encode())
     assert calls(database_url, vector_schema, search)[0] == found
 
 
@@ -265,6 +265,13 @@ def test_nobody_else_may_call_them(db: Connection, library: UUID) -> None:
         where p.proname ~ '^kept_s[0-9]' and a.grantee <> p.proowner"""
     ).fetchall()
     assert public == []
+
+
+def test_they_do_not_tell_the_id_of_their_library(db: Connection, library: UUID) -> None:
+    """Everybody may read pg_proc."""
+    bodies = db.execute("select prosrc from pg_proc where proname ~ '^kept_s[0-9]'").fetchall()
+    assert len(bodies) == 5
+    assert [body for (body,) in bodies if str(library) in body] == []
 
 
 def test_small_libraries_have_none(db: Connection, database_url: str) -> None:

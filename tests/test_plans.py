@@ -322,6 +322,8 @@ def test_a_statement_for_few_finds_what_other_values_match(connection: Connectio
 def kept_plans(connection: Connection, library: str, part: str, text: str) -> list[Plan]:
     """How the kept statements of a library that hold `part` run, for `text` as their $4."""
     shelf = vector_index(connection, library).split("_v")[0].removeprefix("chunks_")
+    own = connection.execute("select id from pgshelf.libraries where name = %s", [library]).fetchone()
+    assert own is not None
     bodies = connection.execute(
         """select substring(p.prosrc from 'return query (.*); end'), p.proconfig from pg_proc p
         where starts_with(p.proname, %s) and strpos(p.prosrc, %s) > 0""",
@@ -333,8 +335,9 @@ def kept_plans(connection: Connection, library: str, part: str, text: str) -> li
             for setting in [*settings, "plan_cache_mode=force_generic_plan"]:
                 name, _, value = setting.partition("=")
                 connection.execute(f"set local {name} = {value}".encode())
-            connection.execute(f"prepare of_function ({TYPES}) as {statement}".encode())
+            connection.execute(f"prepare of_function ({TYPES}, uuid) as {statement}".encode())
             given = f"'[0.1,0.2,-0.3,0.4]', null, 10, {text}, null, null, '{{text}}', 10, 0, 60, '{{1,1}}', 1, null"
+            given += f", '{own[0]}'"
             row = connection.execute(
                 f"explain (analyze, format json) execute of_function ({given})".encode()
             ).fetchone()

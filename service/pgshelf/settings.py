@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import platformdirs
@@ -159,7 +159,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_rerank_candidates: Annotated[int, Meta(ge=1, le=1000)] = 100
 
     audit: bool = True
-    audit_retention: Annotated[float, Meta(gt=0)] = 365.0
+    audit_retention: Annotated[float, Meta(ge=1)] = 365.0
 
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     log_format: Annotated[str, Meta(pattern="^(console|json)$")] = "console"
@@ -286,15 +286,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+# The parts of a URL that nothing can be hidden in: whatever else stands in one may be a password that is not encoded.
+PLAIN = re.compile(
+    r"([a-z+]+://)(?:([^:@/?#]*)(:[^@/?#]*)?@)?((?:[^@/?#[\]]|\[[0-9a-fA-F:.%]*\])*(?:/[^@?#]*)?(?:\?([^@#]*))?)"
+)
+
+
 def masked(url: str) -> str:
     """A connection string without its password; anything that is not a plain URL is hidden whole."""
-    try:
-        parts = urlsplit(url)
-        if not parts.scheme or "password" in parts.query.lower():
-            return "***"
-        account, _, host = parts.netloc.rpartition("@")
-        user, _, password = account.partition(":")
-    except ValueError:
+    parts = PLAIN.fullmatch(url)
+    if parts is None or re.search("pass|secret", unquote(parts[5] or ""), re.IGNORECASE):
         return "***"
-    shown = f"{user}:***" if password else user
-    return urlunsplit((parts.scheme, f"{shown}@{host}" if account else host, parts.path, parts.query, ""))
+    scheme, user, password, rest = parts.groups()[:4]
+    account = "" if user is None else f"{user}:***@" if len(password or "") > 1 else f"{user}@"
+    return f"{scheme}{account}{rest}"

@@ -291,23 +291,37 @@ def test_rows_are_only_added_and_end_by_age(database_url: str) -> None:
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 owner.execute(statement)
-        assert owner.execute("select pgshelf.prune_audit('1 hour')").fetchone() == (0,)
+        for said in ("1 hour", "0", "-1 day"):  # nor may who takes over the service forget what it did there
+            assert owner.execute("select pgshelf.prune_audit(%s)", [said]).fetchone() == (0,)
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             owner.execute("delete from pgshelf.audit_log")
+        aged(owner, "25 hours")
+        assert owner.execute("select pgshelf.prune_audit('26 hours')").fetchone() == (0,)
         assert owner.execute("select pgshelf.prune_audit('0', 2)").fetchone() == (2,)
         assert owner.execute("select detail, principal_kind, principal from pgshelf.audit_view").fetchall() == [
             ("2", "role", owner.info.user)
         ]
 
 
+def aged(owner: psycopg.Connection[Any], age: str) -> None:
+    """Let all rows be older."""
+    with owner.transaction():
+        owner.execute("alter table pgshelf.audit_log disable trigger audit_kept")
+        owner.execute("update pgshelf.audit_log set at = at - %s::interval", [age])
+        owner.execute("alter table pgshelf.audit_log enable trigger audit_kept")
+
+
 async def test_the_worker_forgets_what_is_old(database_url: str, make_settings: Any) -> None:
-    settings = make_settings(database_url, audit_retention=1 / 86400)
+    settings = make_settings(database_url, audit_retention=1.5)
     engine = pools.make_engine(settings, database_url)
     try:
         with psycopg.connect(database_url, autocommit=True) as owner:
-            owner.execute("select pgshelf.audit_role('grant.create', null, 'old'), pg_sleep(1.1)")
+            owner.execute("select pgshelf.audit_role('grant.create', null, 'older')")
+            aged(owner, "12 hours")
+            owner.execute("select pgshelf.audit_role('grant.create', null, 'old')")
+            aged(owner, "30 hours")
             owner.execute("select pgshelf.audit_role('grant.create', null, 'new')")
         assert await worker.tidy(engine, settings) == 1
     finally:
         await engine.dispose()
-    assert entries(database_url, "detail") == [("new",)]
+    assert entries(database_url, "detail") == [("old",), ("new",)]
