@@ -277,7 +277,8 @@ declare
   v_words record;
   v_counts bigint[];
 begin
-  select s.chunks, s.bytes::float8 / s.chunks into v_chunks, mean from pgshelf.word_statistics s where s.library_id = p_library and s.chunks > 0;
+  -- few are counted in a moment, and may be many by now
+  select s.chunks, s.bytes::float8 / s.chunks into v_chunks, mean from pgshelf.word_statistics s where s.library_id = p_library and s.chunks >= 100;
   if not found then
     execute format('select count(*), sum(octet_length(c.text))::float8 / nullif(count(*), 0) from pgshelf.chunks_s%s c where c.library_id = $1', p_shelf)
       into v_chunks, mean using p_library;

@@ -106,12 +106,13 @@ declare
   -- a table that was never analyzed seems to have one
   v_codes float8 := coalesce(round(greatest(0.2, least(1, (nullif(p_chunks, 1) / 100000) ^ 0.25))::numeric, 2), 1);
 begin
-  return case when p_index ->> 'type' = 'lsh' then format('ceil(greatest($3 * 20, 200) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'greatest($3 * 12, 150)'
+  return case when p_index ->> 'type' = 'lsh' then format('ceil(least(greatest($3::float8 * 20, 200), 1e6) * %s::float8)::int', v_codes) when p_index ->> 'storage' = 'bit' then 'least(greatest($3::float8 * 12, 150), 1e6)::int'
     when p_share is null or p_index ->> 'type' = 'kdtree' then '$3'
-    else '$3 * ' || case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end end;
+    else format('least($3::bigint * %s, 1000000)::int', case when p_share >= 0.3 then 2 when p_share >= 0.15 then 3 else 5 end) end;
 end $$;
 
 -- Sets what the index scan shall do, in the transaction (the functions that people call put it back), before the scan begins.
+-- A scan for more than ef_search takes twice as many, and so on: pages of one search, each of which reaches further, see the same candidates.
 -- Under a filter the scan goes on until it has enough (relaxed order, ranked again), but for no longer than looking at every match
 -- would take: a step of it costs about twice as much. With ef_search 150 the recall of 100,000 chunks is 0.987, with 100 that of 20,000 is
 -- 0.992 (0.995 with 150, which takes a sixth longer). Of an ivfflat over 100,000 chunks 1.8 square roots of its lists give a recall of 0.964,
@@ -123,8 +124,9 @@ as $$
 begin
   return case when p_index ->> 'type' in ('hnsw', 'lsh') then format(
       '(select set_config(''hnsw.iterative_scan'', ''relaxed_order'', true) is not null
-      and set_config(''hnsw.ef_search'', least(greatest(%s, %s), 1000)::text, true) is not null
-      and set_config(''hnsw.max_scan_tuples'', %s::int::text, true) is not null)',
+      and set_config(''hnsw.ef_search'', (select least(case when %2$s <= e.ef then e.ef when %2$s <= 2 * e.ef then 2 * e.ef
+        when %2$s <= 4 * e.ef then 4 * e.ef else 1000 end, 1000) from (select %1$s as ef offset 0) e)::text, true) is not null
+      and set_config(''hnsw.max_scan_tuples'', %3$s::int::text, true) is not null)',
       coalesce(p_ef::text, case when p_index ->> 'type' = 'lsh' then '100' when p_share is not null then '200'
         -- asked when it runs, as pgshelf.known_rows does: the statement stays the same while the library grows
         else format('case when (select k.reltuples from pg_catalog.pg_class k where k.oid = ''pgshelf.chunks_s%s''::pg_catalog.regclass) between 2 and 30000
@@ -153,7 +155,8 @@ declare
     -- one look at the document by its key for each candidate; offset keeps it from becoming a join
     else format('exists (select 1 from pgshelf.documents d where d.id = c.document_id and %s and %s offset 0)',
       p_condition.documents, p_condition.chunks) end;
-  v_from text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance from pgshelf.chunks_s%s c where %s and %s',
+  v_from text := format('select c.id, c.document_id, c.ordinal, c.embedding %s $1 as distance from pgshelf.chunks_s%s c where %s and c.embedding is not null and %s',
+    -- the index holds no others, but the planner may think of a way without it
     pgshelf.distance_operator(p_library.metric), p_library.shelf, p_gate, v_filter);
 begin
   if v_index ->> 'type' = 'kdtree' then

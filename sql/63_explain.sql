@@ -42,7 +42,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(explain_search.library);
   v_mode text := case when explain_search.embedding is null then 'text' when explain_search.query is null then 'vector' else 'hybrid' end;
-  v_reach int := pgshelf.reach(v_mode, explain_search.k + explain_search.offset, false, 1, null, null);
+  v_reach int := pgshelf.reach(v_mode, explain_search.k + explain_search.offset, false, 1);
   v_statement text;
   v_plan jsonb;
   v_recall float8;

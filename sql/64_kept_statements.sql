@@ -23,7 +23,7 @@ begin
   if p_kind in ('documents', 'chunks') then
     return pgshelf.search_statement(p_library, 'vector', p_exact => true, p_kept => false, p_apart => p_kind);
   end if;
-  return pgshelf.search_statement(p_library, p_kind, p_kept => false, p_reach => pgshelf.reach(p_kind, 10, false, 1, null, null));
+  return pgshelf.search_statement(p_library, p_kind, p_kept => false, p_reach => pgshelf.reach(p_kind, 10, false, 1));
 end $$;
 
 -- The name of its function: whatever of a library is in the statement is in here. How many codes lsh ranks again follows its size.

@@ -765,6 +765,6 @@ as $$
   where l.shelf <> 0 and l.deleted_at is null
     -- the statistics collector may be behind what was counted: not again and again for that
     and (w.library_id is null or w.made_at < now() - interval '1 minute'
-      and abs(pgshelf.shelf_rows(l.shelf) - w.chunks) > greatest(0.2 * w.chunks, 100))
+      and abs(pgshelf.shelf_rows(l.shelf) - w.chunks) > 0.2 * w.chunks)
   order by w.made_at nulls first limit p_limit
 $$;
