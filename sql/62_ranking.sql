@@ -1,15 +1,14 @@
 -- From candidates to hits: fusion, diversity, grouping, and the one statement that does all of it.
 
 -- Reciprocal rank fusion of `near` and `worded`, or the weighted sum of their scores brought to 0..1: a CTE `fused`. What words require,
--- and how far away a hit may be, holds for both sides: a chunk without a vector is not too far.
+-- and how far away a hit may be, holds for both sides: a chunk without a vector is not too far. p_any: the words are not known when this is written.
 -- Sources: Cormack, Clarke, Büttcher, "Reciprocal rank fusion outperforms Condorcet ..." (SIGIR 2009), k = 60 as there.
-create or replace function pgshelf.fusion(p_library pgshelf.libraries, p_method text) returns text
+create or replace function pgshelf.fusion(p_library pgshelf.libraries, p_method text, p_any boolean) returns text
   immutable parallel safe language sql
 as $$
   select format($sql$
     v as (select n.*, %1$s as score, row_number() over (order by n.distance, n.id) as rank from near n
-      where ($5::float8 is null or n.distance <= $5) and ((select q.required from w_typed q) is null or exists (select from pgshelf.chunks_s%3$s c
-        where c.library_id = %4$L and c.document_id = n.document_id and c.ordinal = n.ordinal and c.tsv @@ (select q.required from w_typed q)))),
+      where ($5::float8 is null or n.distance <= $5)%6$s),
     w as (select x.*, row_number() over (order by x.score desc, x.id) as rank from worded x
       where $5::float8 is null or coalesce((select c.embedding %5$s $1 from pgshelf.chunks_s%3$s c
         where c.library_id = %4$L and c.document_id = x.document_id and c.ordinal = x.ordinal) <= $5, true)),
@@ -19,7 +18,10 @@ as $$
     case when p_method = 'rrf' then 'coalesce($11[1] / ($10 + v.rank), 0) + coalesce($11[2] / ($10 + w.rank), 0)'
       else 'coalesce($11[1] * (v.score - (select min(score) from v)) / nullif((select max(score) - min(score) from v), 0), case when v.id is null then 0 else $11[1] end)
         + coalesce($11[2] * w.score / nullif((select max(score) from w), 0), 0)' end,
-    p_library.shelf, p_library.id, pgshelf.distance_operator(p_library.metric))
+    p_library.shelf, p_library.id, pgshelf.distance_operator(p_library.metric),
+    case when p_any then format(' and ((select q.required from w_typed q) is null or exists (select from pgshelf.chunks_s%s c
+        where c.library_id = %L and c.document_id = n.document_id and c.ordinal = n.ordinal and c.tsv @@ (select q.required from w_typed q)))',
+      p_library.shelf, p_library.id) end)
 $$;
 
 -- Maximal marginal relevance (Carbonell, Goldstein, SIGIR 1998): picks p_count of some candidates one after the other, each time the one with the
@@ -94,11 +96,11 @@ $$;
 
 -- The candidates of a mode: CTEs, the last one `near` by vector, `worded` by words, `fused` by both. Of a vector search the way is chosen
 -- for p_reach candidates. p_condition: what compile_filter makes of p_filter, if that is known already; p_apart and p_way as in vector_candidates;
--- p_required: what the words of this very query require, which leads the vector side to such chunks.
+-- p_required: what the words of this very query require, which leads the vector side to such chunks; p_kept: the statement shall do for others.
 create or replace function pgshelf.candidates(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb, p_exact boolean, p_ef int, p_fusion text, p_reach int,
   p_query text default null, p_condition record default null, p_apart text default null, p_way record default null,
-  p_required tsquery default null) returns text
+  p_required tsquery default null, p_kept boolean default false) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -126,7 +128,7 @@ begin
   end if;
   return concat_ws(', ', v_near, pgshelf.word_candidates(p_library, v_condition.documents, v_condition.chunks, v_condition.indexed,
       v_condition.chunks_indexed, p_query),
-    case p_mode when 'hybrid' then pgshelf.fusion(p_library, p_fusion) end);
+    case p_mode when 'hybrid' then pgshelf.fusion(p_library, p_fusion, p_kept) end);
 end $$;
 
 -- The CTE `ranked`: the candidates of a mode in their order, with score and distance.
@@ -165,7 +167,7 @@ begin
     v_condition.decided := null;
   end if;
   v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart, p_way,
-    case when p_mode = 'hybrid' and not p_kept then pgshelf.required_words(p_library.language, p_query) end);
+    case when p_mode = 'hybrid' and not p_kept then pgshelf.required_words(p_library.language, p_query) end, p_kept);
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
     v_score := pgshelf.score_expression(p_library.metric);
