@@ -98,6 +98,10 @@ class Issuer:
             "no issuer": self.token("admin", without="iss"),
             "another audience": self.token("admin", aud=["other", "another"]),
             "no audience": self.token("admin", without="aud"),
+            "no subject": self.token("admin", without="sub"),
+            "empty subject": self.token("admin", sub=""),
+            "subject is a number": self.signed({"alg": "EdDSA", "kid": "ed"}, part({**claims, "sub": 7})),
+            "subject that cannot be stored": self.token("admin", sub="ann\0"),
             "extension that must be understood": self.signed(
                 {"alg": "EdDSA", "kid": "ed", "crit": ["x"], "x": 1}, payload
             ),

@@ -27,7 +27,11 @@ FRESH = 300.0  # seconds until the keys are fetched anew
 COOLDOWN = 30.0  # seconds between two fetches at least, whatever tokens ask for
 STALE = 3600.0  # seconds that the last keys serve while the issuer cannot be reached
 BIGGEST = 1024 * 1024  # bytes of a key set
-CHECKS: Options = {"require": ["exp", "iss", "aud"], "verify_signature": True, "enforce_minimum_key_length": True}
+CHECKS: Options = {
+    "require": ["exp", "iss", "aud", "sub"],
+    "verify_signature": True,
+    "enforce_minimum_key_length": True,
+}
 
 
 class Claims(msgspec.Struct, frozen=True):
@@ -82,7 +86,7 @@ class Issuer:
             raise _refused("has a signature that its key did not make") from None
         except jwt.PyJWTError as error:
             raise _refused(f"cannot be used: {error}") from None
-        return Claims(str(claims.get("sub", "")), self._role(claims), self._libraries(claims))
+        return Claims(_subject(claims), self._role(claims), self._libraries(claims))
 
     def _role(self, claims: dict[str, Any]) -> str | None:
         value = _within(claims, self._settings.jwt_role_claim)
@@ -176,6 +180,14 @@ def _key(key: object) -> Key:
     if isinstance(key, Ed25519PublicKey):
         return Key("EdDSA", key)
     raise ValueError("not a public key for RS256 (of 2048 bits or more), ES256 or EdDSA")
+
+
+def _subject(claims: dict[str, Any]) -> str:
+    """Whose token it is: its requests are counted under this, and its idempotency keys are kept under it."""
+    subject: str = claims["sub"]
+    if not subject or not subject.isprintable():  # PostgreSQL could not store all that is not
+        raise _refused("names nobody: its sub is empty, or not printable")
+    return subject
 
 
 def _within(claims: dict[str, Any], name: str) -> Any:
