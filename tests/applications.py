@@ -21,9 +21,10 @@ def take(settings: Settings) -> Litestar:
     if app is None or not settings.database_url:
         return create_app(settings)
     parts: Parts = app._lifespan_managers[0].__self__  # type: ignore[union-attr]  # Parts.lifespan, as create_app has it
-    guard = parts.guard
+    guard, answers = parts.guard, parts.answers
     parts.__init__(settings, settings.database_url)  # type: ignore[misc]  # the handlers hold this very object
-    guard.__dict__, parts.guard = parts.guard.__dict__, guard  # and the middleware this one
+    guard.__dict__, parts.guard = parts.guard.__dict__, guard  # and the middleware these two
+    answers.__dict__, parts.answers = parts.answers.__dict__, answers
     return app
 
 

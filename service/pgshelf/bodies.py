@@ -57,6 +57,20 @@ def early(receive: Receive) -> Iterator[Receive]:
             first.cancel()
 
 
+def once_more(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, in one part, and then goes on."""
+    given = False
+
+    async def receive_next() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_next
+
+
 async def _first(receive: Receive) -> Any:
     return await receive()
 

@@ -69,7 +69,7 @@ class Guard:
                 if _has_short_body(headers):
                     receive = held.enter_context(bodies.early(receive))
                 try:
-                    await self._admit(scope, headers, receive, held)
+                    receive = await self._admit(scope, headers, receive, held)
                 except Problem as problem:
                     self._note_refusal(scope, problem.code, problem.who if isinstance(problem, Unauthorized) else None)
                     raise
@@ -81,11 +81,12 @@ class Guard:
 
     async def _admit(
         self, scope: Any, headers: dict[bytes, bytes], receive: Receive, held: contextlib.ExitStack
-    ) -> None:
+    ) -> Receive:
+        """Judge a request; gives what the rest of it is to be received from."""
         handler = scope["route_handler"]
         rule = RULES.get(handler.operation_id or "")
         if rule == OPEN or _is_reference(handler):
-            return
+            return receive
         self._check_host(headers.get(b"host", b"").decode("latin-1"))
         if rule is None or rule.role is None:
             raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
@@ -105,14 +106,16 @@ class Guard:
         if rule.everything and principal.scopes:
             raise Problem("forbidden", f"It takes a {principal.kind} that sees all libraries; this one sees only some.")
         if not principal.scopes:
-            return
+            return receive
         if named is not None:
             if library is None:
                 raise _missing(named)
             # the handler finds the very library that was judged, whatever it is called by then
             scope["path_params"]["library"] = str(library)
         if rule.library in ("listed", "named", "renamed"):
-            await self._check_body(principal, rule, Request(scope, receive))
+            body = await self._check_body(principal, rule, Request(scope, receive))
+            return bodies.once_more(body, receive)  # the query cache reads it, too
+        return receive
 
     def _note_refusal(self, scope: Any, code: str, who: Principal | None) -> None:
         """Note for the audit log that somebody was not let in, or to do what it asked for."""
@@ -138,10 +141,11 @@ class Guard:
             )
             raise Problem("host_not_allowed", detail)
 
-    async def _check_body(self, principal: Principal, rule: Rule, request: Request[Any, Any, Any]) -> None:
-        """Judge the libraries that a body names; one that cannot be read goes no further."""
+    async def _check_body(self, principal: Principal, rule: Rule, request: Request[Any, Any, Any]) -> bytes:
+        """Judge the libraries that a body names, and give it back; one that cannot be read goes no further."""
         http.check_content_type(request.scope)
-        told = http.decoded(request.headers.get("content-type", ""), await request.body(), Names)
+        body = await request.body()
+        told = http.decoded(request.headers.get("content-type", ""), body, Names)
         if rule.library == "listed":
             if len(told.libraries) > MOST:
                 raise invalid("libraries", f"has {len(told.libraries)} entries, at most {MOST} are allowed")
@@ -151,6 +155,7 @@ class Guard:
                     raise _missing(name)
         elif told.name is not None and not (await self._callers.seen(principal, [], told.name))[1]:
             raise Problem("forbidden", "The key may give only names that it sees libraries by; an id does not count.")
+        return body
 
 
 def _has_short_body(headers: dict[bytes, bytes]) -> bool:

@@ -232,7 +232,7 @@ def _split(answer: Any) -> tuple[bytes, bytes]:
 def _as_it_stands(scope: Any, message: Any) -> bytes | None:
     """A digest of all of a request that decides its answer; None where more of it is to come, or to be read."""
     body = message.get("body", b"")
-    if message["type"] != "http.request" or message.get("more_body") or len(body) > SHORT:
+    if message["type"] != "http.request" or message.get("more_body") or not 0 < len(body) <= SHORT:
         return None
     headers = dict(scope["headers"])
     if b"cache-control" in headers or b"msgpack" in headers.get(b"accept", b""):

@@ -309,6 +309,30 @@ async def test_who_may_not_ask_gets_no_answer(database_url: str, make_settings: 
         problem(await ask(secrets[1]), 401, "key_revoked")
 
 
+async def test_who_sees_some_libraries_gets_the_answers_to_what_he_asked(
+    database_url: str, make_settings: Any, make_client: Any
+) -> None:
+    """The guard has read such a body by the time that the cache comes to it."""
+    client = await make_client(make_settings(database_url, worker_enabled=False, embedder="none", auth="on"))
+    client.headers.update(bearer(key(database_url, "root", "admin")))
+    with psycopg.connect(database_url, autocommit=True) as sql:
+        shelves = [(await place(client, sql)).name for _ in range(2)]
+    secrets = {name: key(database_url, name, "reader", name) for name in shelves}
+
+    async def ask(name: str, *vector: float) -> tuple[bool, bool, set[str], float]:
+        body = {"libraries": [name], "vector": vector, "k": 1}
+        answer = await client.post("/v1/search", json=body, headers=bearer(secrets[name]))
+        said = ok(answer)
+        known = "decode;" not in answer.headers["server-timing"]
+        return said["cached"], known, {hit["library"] for hit in said["hits"]}, said["hits"][0]["distance"]
+
+    first, second = shelves
+    for name, y, distance in ((first, 0, 0.0), (second, 0, 0.0), (second, 1, 0.0), (second, -1, 0.293)):
+        cached, known, found, away = await ask(name, 1, y, 0)
+        assert (cached, known, found, round(away, 3)) == (False, False, {name}, distance)
+        assert await ask(name, 1, y, 0) == (True, True, found, away)
+
+
 @pytest.mark.asyncio(loop_scope="module")
 async def test_several_searches_and_several_libraries(api: Api, sql: Connection) -> None:
     one, two = await place(api, sql), await place(api, sql)
