@@ -134,6 +134,12 @@ def principal(request: Request[Any, Any, Any]) -> Principal:
     return found
 
 
+def judged(scope: Any) -> list[str] | None:
+    """The ids of the libraries that a body names, if its caller does not see all: by now a name may mean another."""
+    found: list[str] | None = scope.get("pgshelf_libraries")
+    return found
+
+
 def canonical(entries: list[str]) -> list[str]:
     """A scope with its ids in the form that PostgreSQL writes them."""
     return [entry if (found := http.as_id(entry)) is None else str(found) for entry in entries]

@@ -153,6 +153,8 @@ class Guard:
             for name, library in zip(told.libraries, ids, strict=True):
                 if library is None:
                     raise _missing(name)
+            scope: Any = request.scope
+            scope["pgshelf_libraries"] = [str(library) for library in ids]  # as with one in the path
         elif told.name is not None and not (await self._callers.seen(principal, [], told.name))[1]:
             raise Problem("forbidden", "The key may give only names that it sees libraries by; an id does not count.")
         return body

@@ -23,7 +23,7 @@ from prometheus_client import Counter, Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
-from pgshelf import connections, consistency, database, questions
+from pgshelf import access, connections, consistency, database, questions
 from pgshelf.errors import Problem
 from pgshelf.settings import Settings
 from pgshelf.timing import note, stage
@@ -237,7 +237,8 @@ def _as_it_stands(scope: Any, message: Any) -> bytes | None:
     headers = dict(scope["headers"])
     if b"cache-control" in headers or b"msgpack" in headers.get(b"accept", b""):
         return None
-    told = [scope["route_handler"].operation_id, scope["path_params"].get("library"), scope["query_string"]]
+    told = [scope["route_handler"].operation_id, scope["query_string"]]
+    told += [scope["path_params"].get("library"), access.judged(scope)]
     told += [headers.get(name) for name in DECIDING]
     return hashlib.blake2b(msgspec.msgpack.encode([*told, body]), digest_size=32).digest()
 

@@ -7,12 +7,12 @@ import time
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Router, post
+from litestar import Request, Router, post
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, JSONBody, SkipValidation
 from msgspec import UNSET, Meta, UnsetType
 
-from pgshelf import database
+from pgshelf import access, database
 from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Config, LibraryName, Reader, problems
@@ -167,6 +167,7 @@ async def search_batch(
 )
 async def search_libraries(
     data: JSONBody[LibrariesRequest],
+    request: Request[Any, Any, Any],
     reader: Reader,
     settings: Config,
     cache: Cache,
@@ -178,7 +179,7 @@ async def search_libraries(
     if data.query is None and data.vector is None:
         raise invalid("query", "give query or vector")
     wide = widened(data, settings)
-    names = list(dict.fromkeys(data.libraries))
+    names = list(dict.fromkeys(access.judged(request.scope) or data.libraries))
 
     async def find() -> tuple[LibrariesAnswer, States | None]:
         hits, states = await asked_again(lambda: _several(reader, settings, names, wide))

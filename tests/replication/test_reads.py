@@ -333,3 +333,21 @@ async def test_who_may_come_in_is_known_while_the_primary_is_away(cluster: Clust
         await until(answers, 8)
         problem(await client.get("/v1/libraries", headers=bearer("pgs_" + "x" * 40)), 401, "invalid_key")
     await until(answers, 8)
+
+
+async def test_several_libraries_are_those_that_were_judged_also_where_names_are_older(
+    cluster: Cluster, serve: Serve
+) -> None:
+    client = await serve(auth="on")
+    client.headers.update(bearer(key(cluster.primary.url, f"a-{uuid.uuid4().hex[:8]}", "admin")))
+    made, other = [await filled(client, cluster) for _ in range(2)]
+    document_id = ok(await client.get(at("libraries", other, "documents", "k")))["id"]
+    reader = bearer(key(cluster.primary.url, f"r-{uuid.uuid4().hex[:8]}", "reader", made))
+    body = {"libraries": [made], **ASKED}
+    with delayed(cluster, "1s"):
+        ok(await client.patch(at("libraries", made), json={"name": f"{made}-was"}))
+        ok(await client.patch(at("libraries", other), json={"name": made}))
+        before = sum(map(reads, cluster.standbys))
+        answer = await client.post("/v1/search", json=body, headers={**reader, "Pgshelf-Consistency": "eventual"})
+        assert [hit["document_id"] for hit in ok(answer)["hits"]] == [document_id]
+        assert sum(map(reads, cluster.standbys)) > before

@@ -16,6 +16,7 @@ import pytest_asyncio
 from pgshelf import credentials
 from pgshelf.access import RULES
 from pgshelf.app import create_app
+from pgshelf.authentication import Authenticator
 from pgshelf.settings import Settings
 from tests.conftest import _lifespan
 from tests.issuer import Issuer
@@ -328,6 +329,38 @@ async def test_several_libraries_are_searched_only_if_all_are_seen(service: Serv
         "/v1/search", content=b"{", headers={**headers, "Content-Type": "application/json"}
     )
     problem(response, 400, "invalid_json")
+
+
+async def test_several_libraries_are_those_that_were_judged(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that mean other libraries by the time of the search, in which somebody has just searched, do not count."""
+    service.renew()
+    client, admin = service.client, bearer(key(service.url, "swapper", "admin"))
+    for name in ("handbook", "other"):
+        ok(
+            await client.put(f"/v1/libraries/{name}/documents/k", json={"text": f"Pages of {name}."}, headers=admin),
+            201,
+        )
+    ids = {name: ok(await client.get(f"/v1/libraries/{name}", headers=admin))["id"] for name in ("handbook", "other")}
+    owner = bearer((await made(service, "reader", [ids["other"]]))["secret"])
+    body = {"libraries": ["other"], "query": "pages", "mode": "text"}
+    seen = Authenticator.seen
+
+    async def texts(headers: dict[str, str]) -> list[str]:
+        hits = ok(await client.post("/v1/search", json=body, headers=headers))["hits"]
+        return [hit["text"] for hit in hits]
+
+    async def swapped(*arguments: Any) -> Any:
+        found = await seen(*arguments)
+        for old, new in (("handbook", "between"), ("other", "handbook"), ("between", "other")):
+            ok(await client.patch(f"/v1/libraries/{old}", json={"name": new}, headers=admin))
+        assert await texts(admin) == ["Pages of handbook."]
+        return found
+
+    assert await texts(owner) == ["Pages of other."]
+    with monkeypatch.context() as patched:
+        patched.setattr(Authenticator, "seen", swapped)
+        assert await texts(owner) == ["Pages of other."]
+    problem(await client.post("/v1/search", json=body, headers=owner), 404, "library_not_found")
 
 
 async def test_names_stay_within_the_scope_of_who_gives_them(service: Service) -> None:
