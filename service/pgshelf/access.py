@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 from uuid import UUID
 
@@ -131,6 +132,15 @@ Caller = NamedDependency[SkipValidation[Principal]]
 def principal(request: Request[Any, Any, Any]) -> Principal:
     """Who calls, for handlers that ask."""
     found: Principal = request.scope["pgshelf_principal"]  # type: ignore[typeddict-item]  # ASGI scopes are open
+    return found
+
+
+Again = Callable[[str], Awaitable[None]]
+
+
+def again(request: Request[Any, Any, Any]) -> Again:
+    """What a stream asks about its library from time to time, for it may outlast its key: raises as a request would."""
+    found: Again = request.scope["pgshelf_again"]  # type: ignore[typeddict-item]  # ASGI scopes are open
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from litestar.enums import ScopeType
@@ -55,6 +55,22 @@ def early(receive: Receive) -> Iterator[Receive]:
     finally:
         if not taken:
             first.cancel()
+
+
+def late(receive: Receive, seconds: float, judge: Callable[[], Awaitable[None]]) -> Receive:
+    """A `receive` that asks `judge` before the end of a body that has taken longer."""
+    begun, ended = time.monotonic(), False
+
+    async def judged() -> Any:
+        nonlocal ended
+        message = await receive()
+        if not ended and message["type"] == "http.request" and not message.get("more_body", False):
+            ended = True
+            if time.monotonic() - begun > seconds:
+                await judge()
+        return message
+
+    return judged
 
 
 def once_more(body: bytes, receive: Receive) -> Receive:

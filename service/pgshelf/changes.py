@@ -23,7 +23,7 @@ from litestar.response import Stream
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database
+from pgshelf import access, database
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Answer, Config, Engine, LibraryName, Limit, page_size, problems
 from pgshelf.settings import Settings
@@ -233,7 +233,7 @@ async def list_changes(
     if streaming:
         readers.check()
         return Stream(
-            _events(readers, library_id, items, position, size),
+            _events(readers, access.again(request), library_id, items, position, size),
             media_type=EVENT_STREAM,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -243,6 +243,7 @@ async def list_changes(
             while not items and not readers.ended and (left := until - time.monotonic()) > 0:
                 with stage("wait"):
                     await readers.wait(library_id, position, left)
+                await access.again(request)(str(library_id))
                 items, position = await _look_again(engine, library, library_id, position, size)
     return Answer(Changes(items, _cursor(position, library_id)), status_code=200)
 
@@ -262,9 +263,12 @@ async def _read(engine: AsyncEngine, library_id: UUID, after: int, size: int) ->
 
 
 async def _events(
-    readers: Readers, library_id: UUID, items: list[Change], position: int, size: int
+    readers: Readers, again: access.Again, library_id: UUID, items: list[Change], position: int, size: int
 ) -> AsyncIterator[bytes]:
-    """Server-sent events, until the client goes, the library goes or the process shall end."""
+    """Server-sent events, until the client or the library goes, the client's key ends, or the process shall end.
+
+    The key is looked at before each look for changes: whoever has none any more is not told of them.
+    """
     with readers.place():
         yield b": from here\n\n"
         try:
@@ -275,6 +279,7 @@ async def _events(
                     return
                 if not items:
                     await readers.wait(library_id, position, HEARTBEAT)
+                await again(str(library_id))
                 await database.run(readers.engine, START, str(library_id))
                 items, position = await _read(readers.engine, library_id, position, size)
                 if not items:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 import msgspec
-from litestar import Router, get
+from litestar import Request, Router, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import QueryParameter
 from litestar.response import Stream
 from sqlalchemy import QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import database, filters
+from pgshelf import access, database, filters
 from pgshelf.errors import Problem, invalid
 from pgshelf.http import NDJSON, Config, Engine, LibraryName, problems
 from pgshelf.ingest import DocumentInput
 from pgshelf.settings import Settings
 
 ROWS = 100  # that are fetched at a time, each a chunk
+AGAIN = 1.0  # seconds between two questions about the caller
 FETCH = f"fetch {ROWS} from export"
 Embeddings = Annotated[bool, QueryParameter(description="false leaves the vectors out.")]
 ExportFilter = Annotated[
@@ -44,13 +46,14 @@ ExportFilter = Annotated[
 )
 async def export_documents(
     library: LibraryName,
+    request: Request[Any, Any, Any],
     engine: Engine,
     settings: Config,
     embeddings: Embeddings = True,
     condition: ExportFilter = None,
 ) -> Stream:
     """Export documents as they are at one moment, oldest first, each in a line, as an import takes them."""
-    lines = _lines(engine, library, _filter(condition, settings), embeddings)
+    lines = _lines(engine, access.again(request), library, _filter(condition, settings), embeddings)
     first = await anext(lines)  # what is wrong with the request is a problem and no stream that breaks off
 
     async def answer() -> AsyncIterator[bytes]:
@@ -87,10 +90,13 @@ async def _one_of_half(engine: AsyncEngine) -> AsyncIterator[None]:
         _open[engine] -= 1
 
 
-async def _lines(engine: AsyncEngine, library: str, condition: Any, embeddings: bool) -> AsyncIterator[bytes]:
-    """The export in pieces; a slow client is waited for, as long as a transaction may idle."""
+async def _lines(
+    engine: AsyncEngine, again: access.Again, library: str, condition: Any, embeddings: bool
+) -> AsyncIterator[bytes]:
+    """The export in pieces, while its key lasts; a slow client is waited for, as long as a transaction may idle."""
     async with _one_of_half(engine), database.transaction(engine, snapshot=True) as connection:
         await database.rows(connection, "select pgshelf.open_export(%s, %s, %s)", library, condition, embeddings)
+        asked = time.monotonic()
         begun, inside = False, False  # whether there is a line before, and whether it has a chunk
         while rows := await database.rows(connection, FETCH):
             pieces = []
@@ -101,6 +107,9 @@ async def _lines(engine: AsyncEngine, library: str, condition: Any, embeddings: 
                 if chunk is not None:
                     pieces.append("," + chunk if inside else chunk)
                     inside = True
+            if time.monotonic() - asked > AGAIN:
+                await again(library)
+                asked = time.monotonic()
             yield "".join(pieces).encode()
         yield b"]}\n" if begun else b""
 

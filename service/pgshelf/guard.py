@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
 from litestar import Request
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST = 100  # libraries that one request names
 SHORT = 65_536  # bytes of a body
+LATE = 1.0  # seconds; when a body has taken longer its caller is judged again
 
 
 class Names(msgspec.Struct):
@@ -73,9 +76,11 @@ class Guard:
                 except Problem as problem:
                     self._note_refusal(scope, problem.code, problem.who if isinstance(problem, Unauthorized) else None)
                     raise
-                await app(scope, receive, send)
-            if (code := scope.get("pgshelf_problem")) is not None:  # what a handler raised was answered below
-                self._note_refusal(scope, str(code), None)
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    if (code := scope.get("pgshelf_problem")) is not None:  # what a handler raised was answered below
+                        self._note_refusal(scope, str(code), None)
 
         return guarded
 
@@ -91,8 +96,9 @@ class Guard:
         if rule is None or rule.role is None:
             raise Problem("forbidden", "This address has no rule about who may use it, so nobody may.")
         named = scope["path_params"].get("library") if rule.library in ("path", "renamed") else None
+        header = headers.get(b"authorization")
         try:
-            principal, library = await self._callers.caller(headers.get(b"authorization"), named, public=rule.public)
+            principal, library = await self._callers.caller(header, named, public=rule.public)
         except Problem as problem:
             if problem.status == 401:  # whoever tries keys is counted, too
                 await self._rates.admit(self._rates.address(scope), rule.kind)
@@ -101,21 +107,28 @@ class Guard:
         caller = principal.owner or self._rates.address(scope)
         held.enter_context(self._rates.at_once(caller, stream=rule.stream))
         scope["pgshelf_headers"] = await self._rates.admit(caller, rule.kind)
-        if not principal.may(rule.role):
-            raise Problem("forbidden", _lacks(principal, rule.role))
-        if rule.everything and principal.scopes:
-            raise Problem("forbidden", f"It takes a {principal.kind} that sees all libraries; this one sees only some.")
-        if not principal.scopes:
-            return receive
-        if named is not None:
-            if library is None:
-                raise _missing(named)
+        _judge(principal, rule, named, library)
+        if library is not None:
             # the handler finds the very library that was judged, whatever it is called by then
-            scope["path_params"]["library"] = str(library)
-        if rule.library in ("listed", "named", "renamed"):
+            named = scope["path_params"]["library"] = str(library)
+        again = functools.partial(self._again, scope, rule, header)
+        if rule.stream:
+            scope["pgshelf_again"] = again
+        else:
+            receive = bodies.late(receive, LATE, functools.partial(again, named))
+        if principal.scopes and rule.library in ("listed", "named", "renamed"):
             body = await self._check_body(principal, rule, Request(scope, receive))
             return bodies.once_more(body, receive)  # the query cache reads it, too
         return receive
+
+    async def _again(self, scope: Any, rule: Rule, header: bytes | None, library: str | None) -> None:
+        """Judge the caller of a request that takes long as if it came now."""
+        try:
+            principal, found = await self._callers.caller(header, library, public=rule.public)
+            _judge(principal, rule, library, found)
+        except Problem as problem:
+            scope["pgshelf_problem"] = problem.code  # where the answer has begun nobody else says so
+            raise
 
     def _note_refusal(self, scope: Any, code: str, who: Principal | None) -> None:
         """Note for the audit log that somebody was not let in, or to do what it asked for."""
@@ -170,6 +183,16 @@ def _has_short_body(headers: dict[bytes, bytes]) -> bool:
 def _is_reference(handler: Any) -> bool:
     """Whether it answers /schema: Litestar's own, the same for every installation of a version."""
     return bool(handler.operation_id is None and handler.fn.__module__ == "litestar._openapi.plugin")
+
+
+def _judge(principal: Principal, rule: Rule, named: str | None, library: UUID | None) -> None:
+    """Refuse what its role and its scopes do not cover; `library` is that of the name, where they do."""
+    if rule.role is not None and not principal.may(rule.role):
+        raise Problem("forbidden", _lacks(principal, rule.role))
+    if rule.everything and principal.scopes:
+        raise Problem("forbidden", f"It takes a {principal.kind} that sees all libraries; this one sees only some.")
+    if principal.scopes and named is not None and library is None:
+        raise _missing(named)
 
 
 def _missing(library: str) -> Problem:

@@ -20,7 +20,7 @@ from litestar.params import HeaderParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from pgshelf import bulk, consistency, database
+from pgshelf import access, bulk, consistency, database
 from pgshelf.connections import Connection
 from pgshelf.embedding import LibraryConfig, asked_again, library_config
 from pgshelf.errors import Problem, invalid, problem_of
@@ -157,9 +157,16 @@ class Import:
     """One import of one runner."""
 
     def __init__(
-        self, engine: AsyncEngine, settings: Settings, library: LibraryConfig, name: str | None, audited: Once
+        self,
+        engine: AsyncEngine,
+        settings: Settings,
+        library: LibraryConfig,
+        name: str | None,
+        audited: Once,
+        again: access.Again,
     ) -> None:
         self.engine, self.settings, self.library, self.name, self.audited = engine, settings, library, name, audited
+        self.again = again
         self.wait = library.embedder["provider"] == "local"
         self.runner = uuid.uuid4()
         self.id: uuid.UUID | None = None
@@ -316,6 +323,7 @@ class Import:
             if self.wait:
                 # a provider that fails leaves the texts to the worker
                 await bulk.embed_new(self.engine, self.settings, self.library, part.items)
+            await self.again(str(self.library.id))  # the body may have come for hours
             await database.retried(self.engine, write, written=True)
 
         # a batch is bounded, so it may take what it takes: rows go slowly into an index that is there
@@ -427,7 +435,7 @@ async def import_documents(
         raise Problem(
             "unsupported_media_type", f"Send the lines as they are or packed by gzip, not {encoding[:100]!r}."
         )
-    run = Import(engine, settings, await library_config(engine, library), name, audited)
+    run = Import(engine, settings, await library_config(engine, library), name, audited, access.again(request))
     if wait is not None:
         run.wait = wait and run.library.embedder["provider"] != "none"
     await run.begin()

@@ -314,7 +314,11 @@ async def test_a_quiet_stream_says_that_it_lives(
     engine = pools.make_engine(settings, settings.database_url)
     readers = changes.Readers(engine, settings)
     [(library_id,)] = await database.run(engine, "select id from pgshelf.libraries")
-    events = changes._events(readers, library_id, [], 0, 100)
+
+    async def again(_: str) -> None:
+        pass
+
+    events = changes._events(readers, again, library_id, [], 0, 100)
     async with changes.waking(readers):
         assert [await anext(events) for _ in range(3)] == [b": from here\n\n"] + [b": nothing yet\n\n"] * 2
         assert readers.count == 1

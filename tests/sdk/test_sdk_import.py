@@ -24,6 +24,7 @@ from pgshelf_client import (
     NotFound,
     Retries,
     ServerError,
+    Unauthorized,
     UnexpectedAnswer,
 )
 from pgshelf_client._import import BATCH_BYTES
@@ -238,6 +239,8 @@ async def test_an_import_that_died_is_gone_on_with(importer: Importer, parallel:
         ((problem(404, "library_not_found"),), NotFound, "library_not_found"),
         ((httpx2.Response(200, content=b'{"error": {"status": 507, "code": "odd", "detail": "Full."}}\n',
                           headers=NDJSON),), ServerError, "507 odd: Full"),
+        ((httpx2.Response(200, content=b'{"error": {"status": 401, "code": "key_revoked", "detail": "Gone."}}\n',
+                          headers=NDJSON),), Unauthorized, "401 key_revoked: Gone"),
         ((httpx2.ConnectError("refused"),), ConnectionFailed, "refused"),
         ((httpx2.Response(200, content=b"<html>", headers=NDJSON),), UnexpectedAnswer, "not in the form"),
         ((httpx2.Response(200, content=b"", headers=NDJSON),), UnexpectedAnswer, "not in the form"),
