@@ -39,7 +39,7 @@ class RerankChoice(msgspec.Struct, forbid_unknown_fields=True):
     candidates: Annotated[
         Annotated[int, Meta(ge=1, le=1000)] | None,
         Meta(
-            description="How many hits are reranked, at least k + offset; 50 if absent. "
+            description="The most hits that are reranked, k + offset at least; 50 if absent. "
             "PGSHELF_MAX_RERANK_CANDIDATES (100) is the limit."
         ),
     ] = None

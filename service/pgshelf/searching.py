@@ -340,24 +340,38 @@ def milliseconds(started: float) -> float:
 
 
 def widened(data: Ranking, settings: Settings) -> Any:
-    """The request that fetches what a reranker shall read: more hits, with their texts."""
+    """The request that fetches what a reranker shall read: more hits, with their texts.
+
+    Grouped, the documents that are wanted have room for as many hits each as can be read; more documents fill the rest.
+    """
     if data.rerank is None:
         return data
-    wanted = reach(settings, data.rerank, data.k + data.offset)
-    return msgspec.structs.replace(data, k=wanted, offset=0, include=[*data.include, "text"], min_score=None)
+    wanted = data.k + data.offset
+    texts = reach(settings, data.rerank, wanted)
+    wide = msgspec.structs.replace(data, k=texts, offset=0, include=[*data.include, "text"], min_score=None)
+    if isinstance(wide, SearchRequest) and wide.group_by is not None:
+        wide.group_size = min(wide.group_size, texts // wanted)
+    return wide
 
 
 async def reranked(engine: AsyncEngine, settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
-    """The hits in the reranker's order; their score is its relevance, which min_score then means."""
-    choice, query = data.rerank, data.query or ""
+    """What is wanted of hits, as many as `widened` asked for, in the reranker's order; their score is its relevance,
+    which min_score then means."""
+    choice, query, wanted = data.rerank, data.query or "", data.k + data.offset
     assert choice is not None  # noqa: S101 - narrows the type: the caller looked
-    order = await rerank(engine, settings, choice, query, [str(hit.text) for hit in hits], data.k + data.offset)
+    hits = hits[: reach(settings, choice, wanted)]
+    grouped = isinstance(data, SearchRequest) and data.group_by is not None
+    top = len(hits) if grouped else wanted
+    order = await rerank(engine, settings, choice, query, [str(hit.text) for hit in hits], top)
     found = [msgspec.structs.replace(hits[place], score=relevance) for place, relevance in order]
     if data.min_score is not None:
         found = [hit for hit in found if hit.score >= data.min_score]
     if "text" not in data.include:
         found = [msgspec.structs.replace(hit, text=UNSET) for hit in found]
-    return found[data.offset : data.offset + data.k]
+    groups = dict[Any, list[Hit]]()  # in the order of the best hit of each: a document, or a hit alone
+    for each in found:
+        groups.setdefault(each.document_id if grouped else each.chunk_id, []).append(each)
+    return [each for group in list(groups.values())[data.offset : wanted] for each in group]
 
 
 async def ask(reader: database.Source, settings: Settings, library: str, data: SearchRequest) -> Question:

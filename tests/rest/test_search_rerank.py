@@ -57,6 +57,51 @@ async def test_parts_and_bounds_are_those_of_the_request(client: httpx2.AsyncCli
     assert [(hit["library"], hit["text"]) for hit in answer["hits"]] == [("shelf", "dogs")]
 
 
+@pytest.fixture
+async def crowded(client: httpx2.AsyncClient) -> dict[str, list[str]]:
+    """Twenty documents of six chunks each, from near to far; the more relevant the later they and their chunks come."""
+    await library(client, "crowd", dimension=2)
+    made = {}
+    for place in range(20):
+        others = [" ".join(f"no{number}" for number in range(120 - 6 * place - nth)) for nth in range(6)]
+        texts = made[str(place)] = [f"dogs {words}".strip() for words in others]
+        vectors = [[1.0, 0.01 * place + 0.001 * nth] for nth in range(6)]
+        chunks = [{"text": text, "embedding": vector} for text, vector in zip(texts, vectors, strict=True)]
+        await document(client, str(place), into="crowd", chunks=chunks)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("size", "candidates", "sent", "each"),
+    [(1, None, 20, 1), (3, 30, 30, 3), (10, 50, 50, 5), (10, 10, 10, 1), (2, 25, 25, 2), (100, 100, 100, 6)],
+)
+async def test_grouped_the_documents_are_ranked_and_counted(
+    client: httpx2.AsyncClient,
+    cohere_server: CohereServer,
+    crowded: dict[str, list[str]],
+    size: int,
+    candidates: int | None,
+    sent: int,
+    each: int,
+) -> None:
+    request = {"vector": [1, 0], "query": "dogs", "mode": "vector", "group_by": "document", "group_size": size}
+    request["rerank"] = {"provider": "cohere", "candidates": candidates}
+    path = at("libraries", "crowd", "search")
+    hits = ok(await client.post(path, json={**request, "k": 7, "offset": 3}))["hits"]
+    asked = cohere_server.asked[-1].body
+    read = [text for texts in crowded.values() for text in texts[:each]][:sent]  # near first
+    assert (asked["documents"], asked["top_n"]) == (read, sent)
+    groups = [[text for text in reversed(texts) if text in read] for texts in reversed(crowded.values())]
+    groups = [group for group in groups if group]
+    assert [hit["text"] for hit in hits] == [text for group in groups[3:10] for text in group]
+    scores = [relevance("dogs", hit["text"]) for hit in hits]
+    assert [hit["score"] for hit in hits] == pytest.approx(scores)
+    first = ok(await client.post(path, json={**request, "k": 10}))["hits"]
+    bound = hits[0]["score"]
+    bounded = ok(await client.post(path, json={**request, "k": 10, "min_score": bound}))["hits"]
+    assert bounded == [hit for hit in first if hit["score"] >= bound]
+
+
 async def test_failures_of_the_provider_are_told(client: httpx2.AsyncClient, cohere_server: CohereServer) -> None:
     request = {"vector": [1, 0], "query": "dogs", "mode": "vector", "rerank": {"provider": "cohere"}}
     cohere_server.fail(status(429, "slow down", retry_after="30"))
