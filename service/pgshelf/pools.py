@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from pgshelf.connections import Opening, dsn, opened, serving_dsn
+from pgshelf.doubles import double, integer
 from pgshelf.settings import Settings
 
 DIALECT = "postgresql+psycopg://"
@@ -113,8 +114,8 @@ def make_engine(
 def _decoded(text: str | bytes) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError:  # jsonb holds numbers that are no double
-        return json.loads(text)
+    except msgspec.DecodeError:  # jsonb holds numbers of any length
+        return json.loads(text, parse_int=integer, parse_float=double)
 
 
 def _ping_when_in_doubt(engine: AsyncEngine) -> None:

@@ -1,0 +1,62 @@
+"""Numbers that jsonb holds and others do not: of any length, beyond 64 bits."""
+
+from __future__ import annotations
+
+import sys
+from decimal import Decimal
+from typing import Any
+
+import httpx2
+import psycopg
+
+from tests.rest.asking import at, library, ok
+
+LIBRARY = at("libraries", "shelf")
+SEARCH = at("libraries", "shelf", "search")
+LARGEST = sys.float_info.max
+READ: dict[str, Any] = {
+    "1e5000": LARGEST,
+    "-1e5000": -LARGEST,
+    "1e131000": LARGEST,
+    "1e400": 10**400,
+    "1e400 + 0.5": LARGEST,
+    "-1e400 - 0.5": -LARGEST,
+    "1e-5000": 0.0,
+    "123456789012345678901234": 123456789012345678901234,
+    "9007199254740993": 9007199254740993,
+}
+WRITE = """select pgshelf.put_document('shelf', key => 'k', texts => array['a text'], embeddings => '{"[1,0,0]"}',
+  metadata => jsonb_build_object('n', %s::numeric, 'before', '"', 'list', array[%s::numeric]),
+  chunk_metadata => array[jsonb_build_object('n', %s::numeric)])"""
+
+
+async def test_numbers_of_any_length_that_sql_wrote_are_answered(client: httpx2.AsyncClient, database_url: str) -> None:
+    await library(client, attributes={"n": "number"})
+    for number, read in READ.items():
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute(WRITE.replace("%s", f"({number})"))
+        metadata = {"n": read, "before": '"', "list": [read]}
+        for answer in (
+            ok(await client.get(f"{LIBRARY}/documents/k")),
+            *ok(await client.get(f"{LIBRARY}/documents"))["items"],
+            *ok(await client.post(f"{LIBRARY}/documents/query", json={"filter": {"n": {"$exists": True}}}))["items"],
+        ):
+            assert answer["metadata"] == metadata, number
+        assert ok(await client.get(f"{LIBRARY}/documents/k/chunks"))["items"][0]["metadata"] == {"n": read}
+        counted = {name: [{"value": read, "documents": 1}] for name in ("n", "list")}
+        for cached in (False, True):
+            answer = ok(await client.post(SEARCH, json={"vector": [1, 0, 0], "facets": ["n", "list"]}))
+            assert answer["cached"] is cached and answer["facets"] == counted
+            [hit] = answer["hits"]
+            assert hit["metadata"] == {"n": read} and hit["document"]["metadata"] == metadata
+        assert ok(await client.post(f"{LIBRARY}/facets", json={"attributes": ["n", "list"]}))["facets"] == counted
+        exported = await client.get(f"{LIBRARY}/export")
+        assert exported.status_code == 200 and exported.text.count("\n") == 1
+        ok(await client.get(f"{LIBRARY}/changes"))
+        patched = ok(await client.patch(f"{LIBRARY}/documents/k", json={"metadata": {"another": 1}}))
+        assert patched["metadata"] == metadata | {"another": 1}
+        again = {"chunks": [{"text": "a text", "embedding": [1, 0, 0], "metadata": {"n": read}}], "metadata": metadata}
+        written = ok(await client.put(f"{LIBRARY}/documents/k", json=again))["metadata"]
+        assert Decimal(str(written["n"])) == Decimal(str(read)), (
+            "what was answered can be written, and is the same number then"
+        )
