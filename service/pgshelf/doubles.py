@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 LARGEST = sys.float_info.max
 
@@ -21,3 +22,12 @@ def integer(digits: str) -> int | float:
         return int(digits)
     except ValueError:
         return double(digits)
+
+
+def short_integers(value: Any) -> Any:
+    """Of dicts and lists the same, where integers beyond 64 bits are doubles."""
+    if isinstance(value, dict):
+        return {name: short_integers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [short_integers(item) for item in value]
+    return double(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value

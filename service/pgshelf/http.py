@@ -22,6 +22,7 @@ from litestar.serialization import default_serializer, encode_msgpack
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.database import Source
+from pgshelf.doubles import short_integers
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.settings import Settings
 from pgshelf.timing import stage
@@ -160,7 +161,12 @@ class Answer(Response[T]):
         if media_type not in MSGPACK_TYPES:
             return super().render(content, media_type, enc_hook)
         # what was stored is JSON
-        return encode_msgpack(msgspec.json.decode(content) if isinstance(content, msgspec.Raw) else content, enc_hook)
+        found: Any = msgspec.json.decode(content) if isinstance(content, msgspec.Raw) else content
+        try:
+            return encode_msgpack(found, enc_hook)
+        except OverflowError:  # MessagePack has no integers beyond 64 bits, JSON has
+            plain = msgspec.to_builtins(found, builtin_types=(bytes, datetime), enc_hook=enc_hook)
+            return encode_msgpack(short_integers(plain), enc_hook)
 
 
 class _Duplex(ASGIStreamingResponse):

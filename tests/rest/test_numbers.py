@@ -7,9 +7,10 @@ from decimal import Decimal
 from typing import Any
 
 import httpx2
+import msgspec
 import psycopg
 
-from tests.rest.asking import at, library, ok
+from tests.rest.asking import at, document, library, ok
 
 LIBRARY = at("libraries", "shelf")
 SEARCH = at("libraries", "shelf", "search")
@@ -60,3 +61,36 @@ async def test_numbers_of_any_length_that_sql_wrote_are_answered(client: httpx2.
         assert Decimal(str(written["n"])) == Decimal(str(read)), (
             "what was answered can be written, and is the same number then"
         )
+
+
+async def test_integers_beyond_64_bits_are_doubles_in_msgpack(client: httpx2.AsyncClient) -> None:
+    await library(client)
+    exact = {"least": -(2**63), "most": 2**64 - 1, "true": True}
+    metadata = exact | {"n": 123456789012345678901234, "list": [{"n": 2**64}, -(2**63) - 1], "huge": -(10**400)}
+    read = exact | {"n": 123456789012345678901234.0, "list": [{"n": 2.0**64}, -(2.0**63)], "huge": -LARGEST}
+    chunk = {"text": "a text", "embedding": [1, 0, 0], "metadata": metadata}
+    made = await document(client, "k", chunks=[chunk], metadata=metadata)
+    assert made["metadata"] == metadata
+    packed = {"Accept": "application/msgpack"}
+
+    def unpacked(response: httpx2.Response) -> Any:
+        assert response.status_code in (200, 201) and response.headers["content-type"] == "application/msgpack"
+        return msgspec.msgpack.decode(response.content)
+
+    plain = ok(await client.get(f"{LIBRARY}/documents/k"))
+    found = unpacked(await client.get(f"{LIBRARY}/documents/k", headers=packed))
+    assert found["metadata"] == read and [type(found["metadata"][name]) for name in exact] == [int, int, bool]
+    assert found["created_at"].isoformat().replace("+00:00", "Z") == plain["created_at"]
+    assert found | {name: plain[name] for name in ("metadata", "created_at", "updated_at")} == plain
+    assert unpacked(await client.get(f"{LIBRARY}/documents", headers=packed))["items"][0]["metadata"] == read
+    assert unpacked(await client.get(f"{LIBRARY}/documents/k/chunks", headers=packed))["items"][0]["metadata"] == read
+    for cached in (False, True):
+        request = {"vector": [1, 0, 0], "facets": ["n"], "include": ["metadata", "document", "embedding"]}
+        answer = unpacked(await client.post(SEARCH, json=request, headers=packed))
+        [hit] = answer["hits"]
+        assert answer["cached"] is cached and hit["metadata"] == hit["document"]["metadata"] == read
+        assert hit["embedding"] == [1, 0, 0] and answer["facets"] == {"n": [{"value": read["n"], "documents": 1}]}
+    for _ in range(2):  # the second time it is the answer that was stored
+        headers = packed | {"Idempotency-Key": "once"}
+        patched = await client.patch(f"{LIBRARY}/documents/k", json={"metadata": {"another": 1}}, headers=headers)
+        assert unpacked(patched)["metadata"] == read | {"another": 1}
