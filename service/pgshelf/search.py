@@ -34,6 +34,7 @@ from pgshelf.searching import (
 )
 from pgshelf.settings import Settings
 
+DEEPEST = 10_000  # how far down each of several libraries is looked for what may be among the best of all
 AT_ONCE = 4  # searches of a batch that run beside each other; each takes a connection of the pool
 KNOWN = """select l.id, l.name, l.metric, pgshelf.search_state(case when %s then u.name end)
 from unnest(%s::text[]) with ordinality u(name, place), pgshelf.library_named(u.name) l order by u.place"""
@@ -89,6 +90,10 @@ class LibrariesRequest(Ranking, forbid_unknown_fields=True, kw_only=True):
         Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=100)],
         Meta(description="Names or ids. Where vectors count, all must have the same metric."),
     ]
+    offset: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(description=f"How many hits to skip; PGSHELF_MAX_OFFSET is the limit, and {DEEPEST} of k + offset."),
+    ] = 0
 
 
 class LibrariesAnswer(msgspec.Struct):
@@ -178,6 +183,12 @@ async def search_libraries(
     check(data, settings)
     if data.query is None and data.vector is None:
         raise invalid("query", "give query or vector")
+    if data.k + data.offset > DEEPEST:
+        raise invalid(
+            "offset",
+            f"k + offset is {data.k + data.offset}, at most {DEEPEST} is allowed over several libraries; "
+            "narrow the search, or search them one by one",
+        )
     wide = widened(data, settings)
     names = list(dict.fromkeys(access.judged(request.scope) or data.libraries))
 

@@ -303,6 +303,17 @@ async def test_several_libraries_compete(client: httpx2.AsyncClient) -> None:
     assert {hit["library"] for hit in hits} == {"one", "own"}
 
 
+async def test_several_libraries_are_looked_at_so_far_and_no_farther(client: httpx2.AsyncClient) -> None:
+    await library(client, dimension=2)
+    await document(client, "a", [1.0, 0.0])
+    request: dict[str, Any] = {"vector": [1, 0], "k": 10, "offset": 9990}
+    assert ok(await client.post("/v1/search", json={**request, "libraries": ["shelf"]}))["hits"] == []
+    beyond = {**request, "libraries": ["shelf"], "offset": 9995}
+    told = problem(await client.post("/v1/search", json=beyond), 400, "validation_failed")
+    assert told["errors"][0]["path"] == "offset" and "k + offset is 10005, at most 10000" in told["detail"]
+    assert await found(client, **{**request, "offset": 9995}) == []
+
+
 NO_SEARCH = [
     ({}, "query"),
     ({"mode": "text", "vector": [1, 0]}, "query"),
