@@ -26,6 +26,16 @@ def parameter(value: dict[str, Any] | None, settings: Settings, path: str = "fil
     return Jsonb(value, dumps=lambda _: text)
 
 
+def narrowed(value: dict[str, Any] | None, condition: dict[str, Any]) -> dict[str, Any]:
+    """A filter with a condition more, which leaves all of it at its paths: what is said of them stays true.
+
+    An `$and` that is none stays as it is, to be refused as such.
+    """
+    given = value or {}
+    arms = given.get("$and", [])
+    return {**given, "$and": [*arms, condition]} if isinstance(arms, list) and (arms or "$and" not in given) else given
+
+
 def _deeper_than(value: Any, levels: int) -> bool:
     if isinstance(value, dict):
         return levels == 0 or any(_deeper_than(item, levels - 1) for item in value.values())

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
+import psycopg
 from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 from prometheus_client import Counter
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from pgshelf import database, filters, limits
 from pgshelf.connections import Connection
 from pgshelf.embedding import asked_again, embed, known_embedders
-from pgshelf.errors import invalid
+from pgshelf.errors import Problem, invalid
 from pgshelf.query_cache import QueryCache, States
 from pgshelf.rerank import RerankChoice, reach, rerank
 from pgshelf.settings import Settings
@@ -230,6 +231,7 @@ class Question(msgspec.Struct):
     vector: Vector | None
     query: str | None
     filter: Jsonb | None
+    own_filter: Jsonb | None  # as it was sent, without what `like` adds
     embedder: Jsonb | None = None  # that made the vector: PS041 when the library has another one by then
     state: int | None = None  # of the library when it was asked what decided this, if it was
 
@@ -261,6 +263,7 @@ BESIDE = """with h as materialized (select x.*, row_number() over () as place fr
 EMBEDDER = "select l.embedder, pgshelf.search_state(%s) from pgshelf.library_named(%s) l"
 LIKE = """select v.*, l.embedder, pgshelf.search_state(%s)
 from pgshelf.library_named(%s) l, pgshelf.vector_of(l.id::text, %s, %s) v"""
+UNUSABLE = {"PS011": "zero_vector", "PS012": "invalid_vector"}  # a vector without a direction, or next to none
 SEARCHES = Counter("pgshelf_searches", "Searches, and the way that their statement went.", ["mode", "strategy"])
 EXPLAIN = """select pgshelf.explain_search(pgshelf.embedded_by(%s, %s), %b, %s, k => %s, "offset" => %s, filter => %s,
   exact => %s, ef_search => %s)"""
@@ -319,7 +322,16 @@ async def search(
         async def work(connection: Connection) -> tuple[SearchAnswer, int | None]:
             return await _answer(connection, library, wide, question, kept(settings, library))
 
-        answer, state = await database.retried(reader, work, single=not data.explain)
+        try:
+            answer, state = await database.retried(reader, work, single=not data.explain)
+        except psycopg.Error as error:
+            if data.like is None or data.like.document is None or error.sqlstate not in UNUSABLE:
+                raise
+            raise Problem(
+                UNUSABLE[error.sqlstate],
+                "The document has no usable mean vector: those of its chunks are zero or cancel each other out. "
+                "Give `like` one of its chunks instead.",
+            ) from error
         # what the question says of the library must hold in the snapshot of the search, too
         return answer, [state] if question.state in (None, state) else None
 
@@ -376,16 +388,16 @@ async def reranked(engine: AsyncEngine, settings: Settings, data: Ranking, hits:
 
 async def ask(reader: database.Source, settings: Settings, library: str, data: SearchRequest) -> Question:
     """Decide the mode, and find or make the vector."""
-    condition = data.filter
+    own = parameter = filters.parameter(data.filter, settings)
     vector = limits.vector(data.vector, "vector") if data.vector is not None else None
     maker: Jsonb | None = None
     state: int | None = None
     if data.like is not None:
-        vector, condition, maker, state = await _like(reader, settings, library, data.like, condition)
-    parameter = filters.parameter(condition, settings)
+        vector, itself, maker, state = await _like(reader, settings, library, data.like)
+        parameter = Jsonb(filters.narrowed(data.filter, itself))
     mode: Mode = data.mode or ("vector" if data.query is None else "hybrid")
     if mode == "text":
-        return Question(mode, None, data.query, parameter, state=state)
+        return Question(mode, None, data.query, parameter, own, state=state)
     if vector is None:
         known = known_embedders(reader)
         if (embedder := known.get(library)) is None:
@@ -393,10 +405,10 @@ async def ask(reader: database.Source, settings: Settings, library: str, data: S
             if embedder["provider"] != "none":
                 known[library] = embedder
             elif data.mode is None:
-                return Question("text", None, data.query, parameter, state=state)
+                return Question("text", None, data.query, parameter, own, state=state)
         vector = (await embed(database.primary(reader), settings, embedder, [data.query or ""], "query", ["query"]))[0]
         maker = Jsonb(embedder)
-    return Question(mode, vector, data.query, parameter, maker, state)
+    return Question(mode, vector, data.query, parameter, own, maker, state)
 
 
 def kept(settings: Settings, library: str) -> str | None:
@@ -405,17 +417,16 @@ def kept(settings: Settings, library: str) -> str | None:
 
 
 async def _like(
-    reader: database.Source, settings: Settings, library: str, like: Like, condition: dict[str, Any] | None
+    reader: database.Source, settings: Settings, library: str, like: Like
 ) -> tuple[Vector, dict[str, Any], Jsonb, int | None]:
     """The vector of a chunk or a document, the filter that keeps it from being its own best hit, who made it, and the
     state of the library."""
     rows = await database.run(reader, LIKE, kept(settings, library), library, like.chunk, like.document)
     vector, document, ordinal, embedder, state = rows[0]
-    itself: dict[str, Any] = {"$id": str(document)}
+    others: dict[str, Any] = {"$id": {"$ne": str(document)}}
     if ordinal is not None:
-        itself["chunk.$ordinal"] = ordinal
-    others = {"$not": itself}
-    return vector, {"$and": [condition, others]} if condition else others, Jsonb(embedder), state
+        others = {"$not": {"$id": str(document), "chunk.$ordinal": ordinal}}
+    return vector, others, Jsonb(embedder), state
 
 
 def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any]]:
@@ -444,7 +455,7 @@ async def _answer(
     answer = SearchAnswer([], 0.0)
     if data.total or data.facets:
         words = question.query if question.mode == "text" else None
-        beside = [data.total, library, question.filter, words, library, question.filter, data.facets, state_of]
+        beside = [data.total, library, question.filter, words, library, question.own_filter, data.facets, state_of]
         rows = await database.rows(connection, BESIDE.replace("{call}", statement), *parameters, *beside)
         total, facets = rows[0][-4:-2]
         answer.total = total if data.total else UNSET

@@ -171,6 +171,75 @@ async def test_like_a_chunk_or_a_document(client: httpx2.AsyncClient) -> None:
     problem(await client.post(SEARCH, json={"like": {"chunk": middle["document_id"]}}), 404, "chunk_not_found")
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A filter that all documents match, of this depth."""
+    condition: dict[str, Any] = {"n": {"$gte": 0}}
+    for _ in range(depth):
+        condition = {"$and": [condition]}
+    return condition
+
+
+def many(count: int) -> dict[str, Any]:
+    """A filter that all documents match, of so many conditions."""
+    return {"$or": [{"n": {"$gte": number}} for number in range(count)]}
+
+
+async def test_like_leaves_the_filter_as_it_is(client: httpx2.AsyncClient) -> None:
+    await library(client, dimension=2)
+    for n in range(4):
+        await document(client, f"d{n}", [1.0, n / 10], [1.0, n / 10 + 0.05], metadata={"n": n})
+    of_document, of_chunk = {"document": "d1"}, {"chunk": (await chunks(client, "d1"))[1]["id"]}
+    identity = (await chunks(client, "d1"))[0]["document_id"]
+    conditions: list[dict[str, Any]] = [{}, {"n": {"$lt": 3}}, {"$not": {"n": 2}}, {"$and": [{"n": {"$lt": 3}}]}]
+    conditions += [{"$id": {"$ne": identity}}, {"$id": identity}, {"$or": [{"n": 1}, {"chunk.$ordinal": 1}]}, nested(8)]
+    for condition in conditions:
+        matching = await found(client, vector=[1, 0], filter=condition)
+        counted = {"filter": condition, "facets": ["n"], "total": True}
+        alone = ok(await client.post(SEARCH, json={**counted, "vector": [1, 0]}))
+        for like, left in (
+            (of_document, [hit["chunk_id"] for hit in matching if hit["key"] != "d1"]),
+            (of_chunk, [hit["chunk_id"] for hit in matching if hit["chunk_id"] != of_chunk["chunk"]]),
+        ):
+            answer = ok(await client.post(SEARCH, json={**counted, "like": like}))
+            assert sorted(hit["chunk_id"] for hit in answer["hits"]) == sorted(left), (condition, like)
+            assert answer["facets"] == alone["facets"] and answer["total"] == len(left)
+    for like, room in ((of_document, 199), (of_chunk, 198)):
+        assert await found(client, like=like, filter=many(room))
+    refused = [nested(9), {"n": {"$gt": []}}, {"$and": []}, {"$and": {"n": 1}}, {"$and": [{"n": {"$above": 1}}]}]
+    for condition in refused:
+        told = problem(
+            await client.post(SEARCH, json={"vector": [1, 0], "filter": condition}), 400, "validation_failed"
+        )
+        for like in (of_document, of_chunk):
+            response = await client.post(SEARCH, json={"like": like, "filter": condition})
+            assert problem(response, 400, "validation_failed")["detail"] == told["detail"]
+
+
+async def test_the_limits_of_filters_are_for_what_is_sent(
+    database_url: str, make_settings: Any, make_client: Any
+) -> None:
+    client = await make_client(make_settings(database_url, max_filter_depth=1, max_filter_bytes=9))
+    await library(client, dimension=2)
+    await document(client, "a", [1.0, 0.0], metadata={"n": 1})
+    await document(client, "b", [1.0, 0.0], metadata={"n": 1})
+    assert keys(await found(client, like={"document": "a"}, filter={"n": 1})) == ["b"]
+    problem(
+        await client.post(SEARCH, json={"like": {"document": "a"}, "filter": {"n": 1111}}), 400, "validation_failed"
+    )
+
+
+@pytest.mark.parametrize(("rest", "code"), [(0.0, "zero_vector"), (1e-20, "invalid_vector")])
+async def test_like_a_document_whose_vectors_cancel_out(client: httpx2.AsyncClient, rest: float, code: str) -> None:
+    await library(client, dimension=2)
+    await document(client, "a", [1.0, 0.0], [-1.0, rest])
+    request = {"like": {"document": "a"}}
+    told = problem(await client.post(SEARCH, json=request), 422, code)["detail"]
+    assert "no usable mean vector" in told and "one of its chunks" in told
+    words = {**request, "query": "chunk", "mode": "text"}
+    assert await found(client, **words) == []
+    assert [hit["ordinal"] for hit in await found(client, like={"chunk": (await chunks(client, "a"))[0]["id"]})] == [1]
+
+
 async def test_what_has_no_vector_is_like_nothing(database_url: str, make_settings: Any, make_client: Any) -> None:
     client = await make_client(make_settings(database_url, worker_enabled=False))
     await local(client)
