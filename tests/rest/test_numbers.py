@@ -94,3 +94,26 @@ async def test_integers_beyond_64_bits_are_doubles_in_msgpack(client: httpx2.Asy
         headers = packed | {"Idempotency-Key": "once"}
         patched = await client.patch(f"{LIBRARY}/documents/k", json={"metadata": {"another": 1}}, headers=headers)
         assert unpacked(patched)["metadata"] == read | {"another": 1}
+
+
+async def test_numbers_are_doubles_and_integers_exact_in_filters_too(
+    client: httpx2.AsyncClient, database_url: str
+) -> None:
+    await library(client)
+    fraction, integer = "0.12345678901234567890123", "123456789012345678901234"
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for number in (fraction, integer):
+            connection.execute(WRITE.replace("%s", number).replace("'k'", f"'by SQL {number}'"))
+    for number in (fraction, integer):
+        body = f'{{"key": "by REST {number}", "metadata": {{"n": {number}}}, "chunks": []}}'
+        await client.post(f"{LIBRARY}/documents", content=body, headers={"Content-Type": "application/json"})
+
+    async def equal(number: str) -> set[str]:
+        body = f'{{"filter": {{"n": {number}}}}}'
+        headers = {"Content-Type": "application/json"}
+        found = ok(await client.post(f"{LIBRARY}/documents/query", content=body, headers=headers))
+        return {item["key"] for item in found["items"]}
+
+    assert await equal(fraction) == {f"by REST {fraction}"}
+    assert await equal(integer) == {f"by REST {integer}", f"by SQL {integer}"}
+    assert await equal("123456789012345678901235") == set()
