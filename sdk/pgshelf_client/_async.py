@@ -706,7 +706,8 @@ class AsyncClient:
 
         `mode` is "vector", "text" or "hybrid", the default for a query. `like` is {"chunk": id} or {"document": key},
         `filter` {"year": {"$gte": 2020}}, `fusion` {"method": "weighted", "weights": [1, 2]}, `mmr` {"lambda": 0.5},
-        `rerank` {"provider": "cohere"}. With `group_by="document"` every document gives its `group_size` (1) best.
+        `rerank` {"provider": "cohere"}. With `group_by="document"` every document gives its `group_size` (1) best, and
+        `k` and `offset` count documents.
         `include` names what each hit carries: "text", "metadata", "document" (these three by default), "highlight",
         "embedding". `facets` names fields whose values shall be counted.
         """
@@ -762,7 +763,10 @@ class AsyncClient:
         ef_search: int | None = None,
         include: Sequence[str] | None = None,
     ) -> SearchResult:
-        """Search several libraries as one; each hit names its `library`. The options are those of `search`."""
+        """Search several libraries as one; each hit names its `library`. The options are those of `search`.
+
+        `k` + `offset` is at most 10,000.
+        """
         body = base.search_body(
             libraries=libraries,
             query=query,
