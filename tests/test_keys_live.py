@@ -15,12 +15,14 @@ import httpx2
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from psycopg.conninfo import conninfo_to_dict
 
 from pgshelf import credentials
 from pgshelf.app import create_app
 from pgshelf.cli import main
 from pgshelf.settings import Settings
 from tests.conftest import _lifespan
+from tests.roles import ask, logins
 
 Run = Callable[..., Result]
 
@@ -29,15 +31,15 @@ Run = Callable[..., Result]
 def run(database_url: str) -> Run:
     """Runs a command on the database of the test."""
 
-    def invoke(*words: str, **environment: str) -> Result:
-        known = {"PGSHELF_DATABASE_URL": database_url, "PGSHELF_LOG_LEVEL": "error", **environment}
+    def invoke(*words: str, url: str = database_url, **environment: str) -> Result:
+        known = {"PGSHELF_DATABASE_URL": url, "PGSHELF_LOG_LEVEL": "error", **environment}
         return CliRunner().invoke(main, words, env=known)
 
     return invoke
 
 
-def made(run: Run, *words: str) -> str:
-    result = run("keys", *words)
+def made(run: Run, *words: str, **environment: str) -> str:
+    result = run("keys", *words, **environment)
     assert result.exit_code == 0, result.output
     assert credentials.well_formed(result.stdout.strip()) and "cannot be shown again" in result.stderr
     return result.stdout.strip()
@@ -66,7 +68,10 @@ def test_keys_on_the_command_line(run: Run, database_url: str) -> None:
     [
         (("revoke", "none"), "There is no key 'none'"),
         (("rotate", "none"), "There is no key 'none'"),
-        (("create", "root", "--role", "admin"), "Choose another name"),
+        (("create", "root", "--role", "admin"), "There is a key of this name already. Choose another name"),
+        (("create", "", "--role", "admin"), "name: Expected `str` of length >= 1"),
+        (("create", "a" * 129, "--role", "admin"), "name: Expected `str` of length <= 128"),
+        (("create", "a", "--role", "reader", "--library", ""), "libraries[0]: Expected `str` of length >= 1"),
         (("create", " a", "--role", "admin"), "name: must be printable"),
         (("create", "a", "--role", "admin", "--expires", "2001-01-01"), "expires_at: has passed already"),
     ],
@@ -75,6 +80,32 @@ def test_what_the_command_line_refuses(run: Run, words: tuple[str, ...], said: s
     made(run, "create", "root", "--role", "admin")
     result = run("keys", *words)
     assert result.exit_code == 1 and said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_the_role_of_a_service_manages_keys(run: Run, database_url: str, vector_schema: str) -> None:
+    with logins(database_url, vector_schema) as login:
+        serves, reads = login("pgshelf_service"), login("pgshelf_reader")
+        secret = made(run, "create", "ci", "--role", "reader", url=serves)
+        assert made(run, "rotate", "ci", url=serves) != secret
+        assert "ci  reader" in run("keys", "list", url=serves).stdout
+        assert run("keys", "revoke", "ci", url=serves).stdout == "ci is revoked\n"
+        user = conninfo_to_dict(serves)["user"]
+        audited = ask(
+            database_url, "select action, principal_kind, principal, detail from pgshelf.audit_log order by at, id"
+        )
+        assert audited == [(f"key.{what}", "role", user, "ci") for what in ("create", "rotate", "revoke")]
+        for words in (("list",), ("revoke", "ci"), ("rotate", "ci"), ("create", "b", "--role", "reader")):
+            refused = run("keys", *words, url=reads)
+            user = conninfo_to_dict(reads)["user"]
+            assert refused.exit_code == 1 and f"the role {user} may not manage keys" in refused.output
+            assert "pgshelf_service" in refused.output and len(refused.output.splitlines()) == 1
+
+
+def test_a_new_key_says_which_database_it_is_in(run: Run, database_url: str) -> None:
+    known = conninfo_to_dict(database_url)
+    result = run("keys", "create", "here", "--role", "reader")
+    assert f"The key here is in the database {known['dbname']} on {known['host']}" in result.stderr
+    assert str(known.get("password") or "no password") not in result.stderr
 
 
 def test_times_on_the_command_line(run: Run) -> None:

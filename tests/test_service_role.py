@@ -155,13 +155,12 @@ async def manage_keys(client: httpx2.AsyncClient) -> None:
 def test_all_that_the_service_calls_is_granted_to_it(database_url: str) -> None:
     """A function that is new in service/ fails here until sql/90_grants.sql names it."""
     folder = Path(shelves.__file__).parent
-    # what builds is the worker's, who becomes the owner; the command line is the owner's
+    # what builds is the worker's, who becomes the owner
     owners = {
         "shelves.py",
         "moves.py",
         "index_builds.py",
         "reembedding.py",
-        "cli_keys.py",
         "migrate.py",
         "tables.py",
         "benchmarks.py",

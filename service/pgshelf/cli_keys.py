@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import psycopg
 
 from pgshelf.cli_database import DATA_DIR, database_of, migrated
@@ -22,7 +23,10 @@ def keys_group() -> None:
     """Keys of the REST API, straight in the database; the service need not run."""
 
 
-AUDIT = "select pgshelf.audit_role(%s, null, %s)"
+AUDIT = "select pgshelf.audit(%s, 'done', 'role', current_user::text, null, null, null, null, 1, %s)"
+MANAGERS = (
+    "Those may that own the schema pgshelf, or are members of pgshelf_service; PGSHELF_DATABASE_URL names the role."
+)
 
 
 @contextlib.contextmanager
@@ -36,9 +40,19 @@ def _keys(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
             migrated(url, settings)
         try:
             with connections.connect(url, "keys") as connection:
-                yield connection
-        except (psycopg.Error, Problem) as error:
+                try:
+                    yield connection
+                except psycopg.errors.InsufficientPrivilege:
+                    raise Failure(f"the role {connection.info.user} may not manage keys. {MANAGERS}") from None
+        except (psycopg.Error, msgspec.ValidationError, Problem) as error:
             raise Failure(problem_of(error).detail) from None
+
+
+def _place(connection: psycopg.Connection[Any], settings: Settings) -> str:
+    """Which database it is, without a password."""
+    if settings.database_url is None:
+        return f"the bundled PostgreSQL in {settings.data_dir.resolve()}"
+    return f"the database {connection.info.dbname} on {connection.info.host}:{connection.info.port}"
 
 
 def _moment(_: click.Context, option: click.Parameter, value: str | None) -> datetime | None:
@@ -64,7 +78,7 @@ def _moment(_: click.Context, option: click.Parameter, value: str | None) -> dat
 @DATA_DIR
 @click.pass_obj
 def keys_create(
-    settings: Callable[..., Settings],
+    settings_of: Callable[..., Settings],
     name: str,
     role: str,
     scope: tuple[str, ...],
@@ -74,16 +88,19 @@ def keys_create(
     """Make a key, which sees all libraries unless --library says which. Its secret is printed this once."""
     from pgshelf import credentials, keys
 
-    made = credentials.mint()
-    with _keys(settings(data_dir=data_dir)) as connection:
-        keys.check_name(name)
-        keys.check_expiry(ends)
-        given = [name, role, keys.stored_scope(list(scope) or None), ends, made.hash, made.hint]
+    made, settings = credentials.mint(), settings_of(data_dir=data_dir)
+    with _keys(settings) as connection:
+        said = {"name": name, "role": role, "libraries": list(scope) or None, "expires_at": ends}
+        asked = msgspec.convert(said, keys.CreateKey)
+        keys.check_name(asked.name)
+        keys.check_expiry(asked.expires_at)
+        given = [name, role, keys.stored_scope(asked.libraries), ends, made.hash, made.hint]
         with connection.transaction():
             connection.execute("select pgshelf.create_key(%s, %s, %s, %s, %s, %s)", given)
             connection.execute(AUDIT, ["key.create", name])
+        place = _place(connection, settings)
     click.echo(made.secret)
-    click.echo("Keep it now: it cannot be shown again.", err=True)
+    click.echo(f"The key {name} is in {place}. Keep its secret now: it cannot be shown again.", err=True)
 
 
 @keys_group.command("list")

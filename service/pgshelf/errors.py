@@ -131,16 +131,18 @@ CONSTRAINTS = {"libraries_name_key": "library_exists", "keys_name_key": "key_exi
 SILENT = {
     "internal_error": "It has been logged under the request id. Try again, and report it when it stays.",
     "database_unavailable": "pgshelf cannot reach PostgreSQL. Try again shortly; if it stays so, run `pgshelf doctor`.",
-    "database_forbidden": "The role in PGSHELF_DATABASE_URL must own the schema pgshelf; `pgshelf doctor` says more.",
-    "not_migrated": "Run `pgshelf migrate` against this database, with the version of pgshelf that serves.",
+    "database_forbidden": "The role in PGSHELF_DATABASE_URL must own the schema pgshelf, or be a member of"
+    " pgshelf_service; `pgshelf doctor` says more.",
+    "not_migrated": "The schema pgshelf is missing or of another version. Run `pgshelf migrate` against this"
+    " database, with the version of pgshelf that serves.",
     "timeout": "The statement was stopped at PGSHELF_STATEMENT_TIMEOUT. Ask for less, or try again later.",
-    "lock_timeout": "Try again shortly.",
-    "storage_full": "Nothing was written. Free space on the database server, then try again.",
+    "lock_timeout": "Something else holds a lock on what this needs. Try again shortly.",
+    "storage_full": "The database server's disk is full, and nothing was written. Free space there, then try again.",
     "read_only": "Nothing was written. The server is a standby or set to read only; try again when a primary answers.",
-    "conflict": "Nothing was written. Try again.",
+    "conflict": "Another write came in between, and nothing was written. Try again.",
     "invalid_text": "PostgreSQL stores no NUL characters (\\u0000) and no broken Unicode; take them out.",
-    "library_exists": "Choose another name, or use the library that is there.",
-    "key_exists": "Choose another name, or rotate the key that is there.",
+    "library_exists": "There is a library of this name already. Choose another name, or use the one that is there.",
+    "key_exists": "There is a key of this name already. Choose another name, or rotate the one that is there.",
     "referenced": "A table of another application holds a foreign key to it. Delete or change that row first.",
 }
 
