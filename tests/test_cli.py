@@ -121,7 +121,8 @@ def test_doctor_finds_a_good_database_good(run: Run, database_url: str) -> None:
     assert (result.exit_code, lines(result, "fail")) == (0, [])
     good = "\n".join(lines(result, "ok"))
     for part in ("PostgreSQL 1", f"revision {schema.head()}", "role pgshelf_reader", "role pgshelf_writer",
-                 "all indexes are valid", "0 chunks wait", "up to 14 connections"):  # fmt: skip
+                 "role pgshelf_worker",
+                 "all indexes are valid", "0 chunks wait", "up to 24 connections (2 processes x 12"):  # fmt: skip
         assert part in good
 
 
@@ -180,6 +181,7 @@ BROKEN = {
            update pgshelf.chunks set embed_after = 'infinity', embed_error = 'refused' where text = 'x'""",
         "warn", "1 chunks could not be embedded, the last reason: refused",
     ),
+    "a missing table": ("alter table pgshelf.libraries rename to books", "fail", "embedders: relation"),
     "a missing view": ("drop view pgshelf.pending_embeddings", "fail", "pending: relation"),
 }  # fmt: skip
 
@@ -205,6 +207,28 @@ def test_doctor_knows_the_roles(run: Run, database_url: str, vector_schema: str)
         result = run("doctor", url=serves)
         assert "was not granted all libraries" in result.output
         assert (result.exit_code, lines(result, "fail")) == (0, [])
+
+
+def test_a_role_without_rights_is_told_who_grants_them(run: Run, database_url: str, vector_schema: str) -> None:
+    """Each look of doctor is a line; serve and worker say it and end."""
+    owner = "select relowner::regrole::text from pg_class where oid = 'pgshelf.chunks'::regclass"
+    [(name,)] = ask(database_url, owner)
+    with logins(database_url, vector_schema) as login:
+        for roles in ((), ("pgshelf_reader",), ("pgshelf_worker",)):
+            url = login(*roles)
+            user = conninfo_to_dict(url)["user"]
+            serves = f"the role {user} may not serve: a DBA runs grant pgshelf_service to {user}"
+            no_worker = f"the role {user} is no worker: a DBA runs grant pgshelf_worker to {user}"
+            no_owner = f"may not become the owner yet: a DBA runs grant {name} to pgshelf_worker"
+            works = no_owner if roles == ("pgshelf_worker",) else no_worker
+            result = run("doctor", url=url)
+            assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+            assert (no_owner if works == no_owner else serves) in "\n".join(lines(result, "fail")), result.output
+            assert all(line[:4] in ("ok  ", "warn", "fail") for line in result.stdout.splitlines())
+            for command, said in (("serve", serves), ("worker", works)):
+                result = run(command, url=url)
+                assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+                assert said in result.stderr and "pgshelf doctor says more" in result.stderr, result.output
 
 
 @pytest.mark.watched
@@ -512,6 +536,27 @@ def test_worker_embeds_without_serving_and_ends_when_told(database_url: str, tmp
     assert (tmp_path / "log").read_text().startswith(f"pgshelf {pgshelf.__version__} works on postgresql://")
 
 
+def test_a_worker_without_a_schema_says_what_to_do(empty_database_url: str, tmp_path: Path) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGSHELF_")}
+    known = {"PGSHELF_DATABASE_URL": empty_database_url, "PGSHELF_WORKER_INTERVAL": "0.05"}
+    with (tmp_path / "log").open("wb") as log:
+        command = [str(Path(sys.executable).with_name("pgshelf")), "worker"]
+        process = subprocess.Popen(command, env=inherited | known, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while (warnings := (tmp_path / "log").read_text().count("failed, trying again")) < 4:
+                assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait()
+    text = (tmp_path / "log").read_text()
+    assert "not ready: the schema pgshelf is missing; run pgshelf migrate" in text
+    assert text.count("Run `pgshelf migrate`") >= warnings and "LINE 1" not in text
+
+
 def test_serve_refuses_a_busy_port(run: Run) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -781,12 +826,12 @@ def test_doctor_says_which_embedders_are_set_up(run: Run, database_url: str, coh
     known = {"PGSHELF_COHERE_API_KEY": cohere_server.key, "PGSHELF_COHERE_BASE_URL": cohere_server.url}
     result = run("doctor", url=database_url)
     assert (
-        "the embedder of 2 libraries, cohere embed-v4.0, cannot be used: embedding through Cohere needs"
-        " PGSHELF_COHERE_API_KEY on the server"
+        "the embedder of 2 libraries, cohere embed-v4.0 (256 dimensions), cannot be used: embedding through Cohere"
+        " needs PGSHELF_COHERE_API_KEY on the server"
     ) in lines(result, "warn")
     assert "the embedder by default, local, is set up" in lines(result, "ok")
     result = run("doctor", url=database_url, **known)
-    assert "the embedder of 2 libraries, cohere embed-v4.0, is set up" in lines(result, "ok")
+    assert "the embedder of 2 libraries, cohere embed-v4.0 (256 dimensions), is set up" in lines(result, "ok")
     assert "the embedder by default, cohere, is set up" in lines(result, "ok")
     assert cohere_server.asked == []
     result = run("doctor", "--providers", url=database_url, **known)
@@ -794,7 +839,7 @@ def test_doctor_says_which_embedders_are_set_up(run: Run, database_url: str, coh
     assert result.exit_code == 0 and len(answered) == 2
     cohere_server.fail(status(401), status(401))
     result = run("doctor", "--providers", url=database_url, **known)
-    refused = "cohere embed-v4.0, does not work: Cohere refused the key in PGSHELF_COHERE_API_KEY (status 401)"
+    refused = "(256 dimensions), does not work: Cohere refused the key in PGSHELF_COHERE_API_KEY (status 401)"
     assert result.exit_code == 1 and any(refused in line for line in lines(result, "fail"))
     assert cohere_server.key not in result.output
 

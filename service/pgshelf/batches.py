@@ -254,7 +254,8 @@ class Batches:
 def tell(error: BaseException) -> None:
     """Log what went wrong in a round."""
     # whatever it was, the rows still say what is wanted: the next round meets them again
-    log.warning("reconciling failed, trying again: %s", error, exc_info=None if isinstance(error, EXPECTED) else error)
+    unexpected = None if isinstance(error, EXPECTED) else error
+    log.warning("reconciling failed, trying again: %s", rounds.reason(error), exc_info=unexpected)
 
 
 def around(seconds: float) -> float:

@@ -25,13 +25,15 @@ def database_of(settings: Settings) -> Iterator[tuple[str, embedded.EmbeddedServ
     if settings.database_url:
         yield settings.database_url, None
         return
+    from pgshelf import connections
+
     try:
         # some connections are left for psql and for others that share the server
-        connections = max(200, settings.workers * settings.pool_size + 50)
+        allowed = max(200, settings.workers * connections.most(settings) + 50)
         server = embedded.start(
             settings.data_dir,
             settings.postgres_version,
-            settings={"max_connections": str(connections)},
+            settings={"max_connections": str(allowed)},
             archive=settings.wal_archive,
         )
     except embedded.EmbeddedError as error:

@@ -60,6 +60,8 @@ def serve_command(
     settings = settings_of(host=host, port=port, data_dir=data_dir, workers=workers)
     if settings.tracing and not _has("opentelemetry"):
         raise Failure("PGSHELF_TRACING needs OpenTelemetry: pip install 'pgshelf[otel]'")
+    if settings.database_url:
+        _check_rights(settings.database_url)
     access = check_access(settings.database_url, settings) if settings.database_url else None
     address = check_address(settings)
     with database_of(settings) as (url, server):
@@ -88,6 +90,8 @@ def worker_command(settings_of: Callable[..., Settings], data_dir: Path | None) 
     A service does that itself unless PGSHELF_WORKER_ENABLED is false; any number of both may run.
     """
     settings = settings_of(data_dir=data_dir)
+    if settings.database_url:
+        _check_rights(settings.database_url, builds=True)
     with database_of(settings) as (url, server):
         if settings.auto_migrate if settings.auto_migrate is not None else server is not None:
             migrated(url, settings)
@@ -110,6 +114,13 @@ async def _until_told(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await worker.alone(settings, stopped)
+
+
+def _check_rights(url: str, *, builds: bool = False) -> None:
+    from pgshelf import doctor
+
+    if lacking := doctor.forbidden(url, builds=builds):
+        raise Failure(f"{lacking}. docs/deployment.md has the roles; pgshelf doctor says more.")
 
 
 def _say_what_fails(url: str, settings: Settings) -> None:

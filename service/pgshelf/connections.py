@@ -64,6 +64,18 @@ def _at_once(work: Coroutine[Any, Any, None]) -> None:
     raise RuntimeError("somebody else uses the connection")
 
 
+# What a process opens beside its pool, each once: for who calls, for rates, for whether a kept answer is good;
+# with a worker a session for shelves and another while it moves a library; with replicas one that watches the
+# primary, and one more where the primary is itself among PGSHELF_REPLICA_URL.
+QUESTIONS, RECONCILER, WATCHES = 3, 2, 2
+
+
+def most(settings: Settings) -> int:
+    """How many connections a serving process opens at most; a change of an embedder takes one more while it lasts."""
+    worker = RECONCILER if settings.worker_enabled else 0
+    return settings.pool_size + QUESTIONS + worker + (WATCHES if settings.replica_url else 0)
+
+
 def connect(url: str, name: str) -> psycopg.Connection[Any]:
     """A plain connection for commands that ask the server something; autocommit."""
     # the encoding is named lest a database that has none hand out bytes

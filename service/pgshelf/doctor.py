@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +24,7 @@ class Finding(msgspec.Struct):
 
 
 Connection = psycopg.Connection[Any]
+Look = Callable[[Connection], Iterator[Finding]]
 
 
 def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Finding]:
@@ -38,17 +40,32 @@ def examine(url: str, settings: Settings, *, ask: bool = False) -> Iterator[Find
         )
         return
     with connection:
-        yield from _rights(connection, settings)
-        connection.execute(pools.BECOME_OWNER)  # as a worker does, who sees nothing before
-        there = _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
-        within = (_roles, _beyond, _indexes, _pending, _replication) if there else ()  # what looks into the schema
-        for look in (_server, _encryption, _extension, _schema, *within, _parameters):
-            try:
-                yield from look(connection)
-            except psycopg.Error as error:
-                yield Finding("fail", f"{look.__name__.strip('_')}: {_line(error)}")
-        yield from _connections(connection, settings)
-        yield from _embedders(connection if there else None, settings, ask)
+        first = (partial(_rights, settings=settings), _become_owner, _server, _encryption, _extension, _schema)
+        yield from _each(connection, *first)
+        there = _has_schema(connection)
+        if there:
+            yield from _each(connection, _roles, _beyond, _indexes, _pending, _replication)
+        yield from _each(connection, _parameters, partial(_connections, settings=settings))
+        yield from _default_embedder(settings, ask)
+        if there:
+            yield from _each(connection, partial(_embedders, settings=settings, ask=ask))
+
+
+def _each(connection: Connection, *looks: Look) -> Iterator[Finding]:
+    """What each look finds; one that fails is a finding itself, and keeps no other from being taken."""
+    for look in looks:
+        try:
+            yield from look(connection)
+        except psycopg.Error as error:
+            name = getattr(look, "func", look).__name__.strip("_").replace("_", " ")
+            yield Finding("fail", f"{name}: {_line(error)}")
+
+
+def _has_schema(connection: Connection) -> bool:
+    try:
+        return _one(connection, "select to_regclass('pgshelf.installation')") != (None,)
+    except psycopg.Error:  # the look at the schema has said so
+        return False
 
 
 def _line(error: Exception) -> str:
@@ -125,7 +142,8 @@ def _schema(connection: Connection) -> Iterator[Finding]:
 RIGHTS = """
 select session_user::text, r.rolsuper, r.rolbypassrls, o.rolname, pg_has_role(session_user, o.oid, 'usage'),
   pg_has_role(session_user, o.oid, 'set'),
-  coalesce(pg_has_role(session_user, to_regrole('pgshelf_service'), 'usage'), false)
+  coalesce(pg_has_role(session_user, to_regrole('pgshelf_service'), 'usage'), false),
+  coalesce(pg_has_role(session_user, to_regrole('pgshelf_worker'), 'member'), false)
 from pg_roles r, pg_class c join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'pgshelf'
 join pg_roles o on o.oid = c.relowner where r.rolname = session_user and c.relname = 'chunks'
 """
@@ -140,7 +158,38 @@ group by 1, 2, 3 order by 1, 2
 LOST = """
 select distinct g.role from pgshelf.grants g where to_regrole(quote_ident(g.role)) is null order by 1
 """
-OTHERS = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service")
+SPARE = 10  # connections that are left to others
+OTHERS = ("pgshelf_reader", "pgshelf_writer", "pgshelf_monitor", "pgshelf_service", "pgshelf_worker")
+
+
+def forbidden(url: str, *, builds: bool = False) -> str | None:
+    """What the role lacks to serve or, with `builds`, to work behind a service; None where nobody can tell yet."""
+    try:
+        with connections.connect(url, "doctor") as connection:
+            found = _one(connection, RIGHTS)
+    except psycopg.Error:
+        return None
+    if found is None:
+        return None
+    role, _, _, owner, owns, may_own, serves, works = found
+    if owns or serves or (builds and may_own):
+        return None
+    if not builds:
+        return _may_not_serve(role)
+    return (
+        _may_not_own(role, owner)
+        if works
+        else f"the role {role} is no worker: a DBA runs grant pgshelf_worker to {role}"
+    )
+
+
+def _may_not_serve(role: str) -> str:
+    return f"the role {role} may not serve: a DBA runs grant pgshelf_service to {role}"
+
+
+def _may_not_own(role: str, owner: str) -> str:
+    todo = f"grant {owner} to pgshelf_worker with inherit false, set true"
+    return f"the role {role} is one for pgshelf worker, and may not become the owner yet: a DBA runs {todo}"
 
 
 def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -148,12 +197,14 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
     found = _one(connection, RIGHTS)
     if found is None:
         return
-    role, superuser, bypasses, owner, owns, may_own, serves = found
+    role, superuser, bypasses, owner, owns, may_own, serves, works = found
     if superuser or bypasses:
         what = "a superuser" if superuser else "above row security (BYPASSRLS)"
         if settings.database_url is not None:  # the bundled PostgreSQL has no other
             yield Finding("warn", f"the role {role} is {what}, more than pgshelf needs: see docs/deployment.md")
-    elif owns:
+    if superuser:
+        return
+    if owns:
         yield Finding("ok", f"the role {role} has the rights of the owner: it may migrate, serve and build")
     elif may_own:
         yield Finding("ok", f"the role {role} may become the owner, {owner}: it is one for pgshelf worker")
@@ -162,7 +213,13 @@ def _rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
         if not (_one(connection, "select pgshelf.granted(null, 'write')") or (False,))[0]:
             yield Finding("warn", f"the role {role} was not granted all libraries: its service sees only some")
     else:
-        yield Finding("fail", f"the role {role} may not serve: a DBA runs grant pgshelf_service to {role}")
+        yield Finding("fail", _may_not_own(role, owner) if works else _may_not_serve(role))
+
+
+def _become_owner(connection: Connection) -> Iterator[Finding]:
+    """As a worker does, who sees nothing before."""
+    connection.execute(pools.BECOME_OWNER)
+    return iter(())
 
 
 def _beyond(connection: Connection) -> Iterator[Finding]:
@@ -254,34 +311,35 @@ def _parameters(connection: Connection) -> Iterator[Finding]:
 
 
 def _connections(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    wanted, allowed = settings.workers * settings.pool_size, int(_setting(connection, "max_connections"))
-    if wanted > allowed - 10:
-        text = f"serve may open {wanted} connections and the server allows {allowed}: lower PGSHELF_POOL_SIZE"
-        yield Finding("warn", f"{text}, or raise max_connections")
+    each, allowed = connections.most(settings), int(_setting(connection, "max_connections"))
+    wanted = settings.workers * each
+    how = f"{settings.workers} processes x {each}: PGSHELF_POOL_SIZE and {each - settings.pool_size} beside it"
+    if wanted > allowed - SPARE:
+        text = f"serve may open {wanted} connections ({how}) and the server allows {allowed}"
+        yield Finding("warn", f"{text}: lower PGSHELF_POOL_SIZE, or raise max_connections")
         return
-    yield Finding("ok", f"serve opens up to {wanted} connections ({settings.workers} workers x {settings.pool_size})")
+    yield Finding("ok", f"serve opens up to {wanted} connections ({how})")
 
 
-def _embedders(connection: Connection | None, settings: Settings, ask: bool) -> Iterator[Finding]:
-    """The embedder of libraries that will name none, and those that libraries have."""
-    default = {
-        "provider": settings.default_embedder,
-        "model": settings.embedder_model,
-        "dimension": settings.embedder_dimension,
-    }
-    found: list[tuple[str, dict[str, Any]]] = [("by default", default)]
-    if connection is not None:
-        used = "select embedder, count(*) from pgshelf.libraries where deleted_at is null group by 1 order by 2 desc, 1"
-        for embedder, count in connection.execute(used.encode()):
-            found.append((f"of {count} {'library' if count == 1 else 'libraries'}", embedder))
-    for whose, choice in found:
+def _default_embedder(settings: Settings, ask: bool) -> Iterator[Finding]:
+    """The embedder of libraries that will name none."""
+    provider, model, dimension = settings.default_embedder, settings.embedder_model, settings.embedder_dimension
+    if provider != "none":
+        yield _embedder(settings, "by default", {"provider": provider, "model": model, "dimension": dimension}, ask)
+
+
+def _embedders(connection: Connection, settings: Settings, ask: bool) -> Iterator[Finding]:
+    """The embedders that libraries have."""
+    used = "select embedder, count(*) from pgshelf.libraries where deleted_at is null group by 1 order by 2 desc, 1"
+    for choice, count in connection.execute(used.encode()):
         if choice["provider"] != "none":
-            yield _embedder(settings, whose, choice, ask)
+            yield _embedder(settings, f"of {count} {'library' if count == 1 else 'libraries'}", choice, ask)
 
 
 def _embedder(settings: Settings, whose: str, choice: dict[str, Any], ask: bool) -> Finding:
     model = f" {choice['model']}" if choice.get("model") else ""
-    name = f"the embedder {whose}, {choice['provider']}{model}"
+    size = f" ({choice['dimension']} dimensions)" if choice.get("dimension") else ""
+    name = f"the embedder {whose}, {choice['provider']}{model}{size}"
     try:
         if choice["provider"] in ("openai", "sentence_transformers") and not ask:
             choice = {**choice, "dimension": choice.get("dimension") or 1}  # which only asking would tell

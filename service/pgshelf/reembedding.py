@@ -241,7 +241,7 @@ async def forever(engine: AsyncEngine, settings: Settings, pace: Pace = UNHURRIE
                 rounds.ended("embedders", None)
                 # what is wanted is still written down: the next round meets it again
                 expected = isinstance(error, EXPECTED)
-                log.warning("changing embedders failed, trying again: %s", error, exc_info=not expected)
+                log.warning("changing embedders failed, trying again: %s", rounds.reason(error), exc_info=not expected)
                 pause = min(pause * 2, 10.0)
             if not busy:
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter

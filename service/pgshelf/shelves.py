@@ -189,7 +189,7 @@ async def forever(settings: Settings, pace: Pace = UNHURRIED) -> None:
             # what is wanted is still written down: the next session meets it again
             expected = isinstance(error, psycopg.Error)
             rounds.ended("shelves", None)
-            log.warning("looking after shelves failed, trying again: %s", error, exc_info=not expected)
+            log.warning("looking after shelves failed, trying again: %s", rounds.reason(error), exc_info=not expected)
             pause = min(pause * 2, 10.0)
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
