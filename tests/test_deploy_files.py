@@ -90,7 +90,12 @@ def test_monitoring_is_a_profile_over_the_files_of_the_documentation(services):
     assert prometheus["rule_files"] == [bound["./docs/operations/alerts.yml"]]
     [job] = prometheus["scrape_configs"]
     assert (job["job_name"], job["static_configs"]) == ("pgshelf", [{"targets": ["service:8432"]}])
-    assert "service" in services["service"]["environment"]["PGSHELF_ALLOWED_HOSTS"].split(",")
+    assert "service" in environment_of(services, "")["PGSHELF_ALLOWED_HOSTS"].split(",")
+    # what is to be uncommented when there is a key
+    told = yaml.safe_load(re.sub(r"# (?=authorization|- \./prom)", "", (ROOT / "docker-compose.yml").read_text()))
+    [job] = yaml.safe_load(told["configs"]["prometheus"]["content"])["scrape_configs"]
+    mounted = [volume.split(":")[1] for volume in told["services"]["prometheus"]["volumes"]]
+    assert job["authorization"]["credentials_file"] in mounted
     [provider] = configs["grafana_dashboards"]["providers"]
     assert bound["./docs/operations/dashboard.json"].startswith(provider["options"]["path"])
     [source] = configs["grafana_datasource"]["datasources"]
@@ -119,23 +124,51 @@ def test_every_variable_is_a_setting(file):
     assert variables <= {f"PGSHELF_{name.upper()}" for name in Settings.__struct_fields__}
 
 
-def test_every_variable_of_compose_is_explained_and_every_explained_one_is_used():
+def test_every_variable_of_compose_is_explained():
     explained = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    used = set(re.findall(r"\$\{([A-Z_]+)", (ROOT / "docker-compose.yml").read_text()))
-    assert explained == used
+    files = ("docker-compose.yml", "docker-compose.ha.yml")
+    used = {name for file in files for name in re.findall(r"\$\{([A-Z_]+)", (ROOT / file).read_text())}
+    assert used <= explained
+
+
+def environment_of(services: dict[str, Any], dotenv: str, name: str = "service") -> dict[str, str]:
+    """What compose gives a container: .env as its env_file and for what it fills in; `environment` wins."""
+    assert services[name]["env_file"] == [{"path": ".env", "required": False}]
+    own = dict(line.split("=", 1) for line in dotenv.splitlines() if line and not line.startswith("#"))
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{([A-Z_]+)(?::-([^}]*)|:\?[^}]*)\}", lambda found: own.get(found[1]) or found[2] or "", text)
+
+    return own | {variable: filled(value) for variable, value in services[name]["environment"].items()}
+
+
+@pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.ha.yml"])
+@pytest.mark.parametrize("name", ["migrate", "service"])
+def test_all_that_is_in_dotenv_reaches_the_service(file, name):
+    from pgshelf.settings import Settings
+
+    given = "PGSHELF_AUTH=on\nPGSHELF_RATE_LIMITS=team\nPGSHELF_LOG_FORMAT=json\nPGSHELF_PORT=9000\nPGSHELF_WORKERS=3\n"
+    given += (
+        "POSTGRES_PASSWORD=x\nPGSHELF_ALLOWED_HOSTS=shelf.example.org\nPGSHELF_DATABASE_URL=postgresql://elsewhere/x\n"
+    )
+    environment = environment_of(load(file)["services"], given, name)
+    settings = Settings.from_env(environment)
+    assert (settings.auth, settings.rate_limits, settings.log_format, settings.workers) == ("on", "team", "json", 3)
+    assert settings.allowed_hosts == "shelf.example.org"
+    assert "elsewhere" not in str(settings.database_url) and environment["PGPASSWORD"] == "x"
+    if name == "service":
+        assert settings.port == 8432
 
 
 def test_compose_starts_the_service_with_settings_that_are_accepted(services):
     from pgshelf.settings import Settings
 
-    def filled(text: str) -> str:
-        return re.sub(r"\$\{[A-Z_]+(?::-|-)([^}]*)\}", r"\1", text)
-
-    environment = {name: filled(value) for name, value in services["service"]["environment"].items()}
-    settings = Settings.from_env(environment)
-    assert settings.database_url == "postgresql://pgshelf@db:5432/pgshelf"
-    assert settings.allow_unauthenticated
-    assert (settings.api_prefix, settings.workers) == ("/v1", os.cpu_count() or 1)
+    example = re.sub(r"^#(?=[A-Z_]+=)", "", (ROOT / ".env.example").read_text(), flags=re.MULTILINE)
+    for dotenv in ("", example):
+        settings = Settings.from_env(environment_of(services, dotenv))
+        assert settings.database_url == "postgresql://pgshelf@db:5432/pgshelf"
+        assert settings.allow_unauthenticated
+        assert (settings.api_prefix, settings.workers) == ("/v1", os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +209,7 @@ def test_the_replicated_service_starts_with_settings_that_are_accepted(replicate
 
     from pgshelf.settings import Settings
 
-    environment = replicated["services"]["service"]["environment"]
-    settings = Settings.from_env(environment)
+    settings = Settings.from_env(environment_of(replicated["services"], ""))
     known = conninfo.conninfo_to_dict(settings.database_url or "")
     assert (known["host"], known["port"]) == ("db1,db2,db3", "5432,5432,5432")
     assert "PASSWORD" not in settings.summary()["database_url"]
