@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ def key_of(id: str) -> str:
     return PREFIX + id if id.startswith(PREFIX) or _is_uuid(id) else id
 
 
-def id_of(key: str | None, document_id: str | uuid.UUID) -> str:
+def id_of(key: str | None, document_id: str) -> str:
     """What a framework calls a document; one without a key, which somebody else wrote, goes by its own id."""
-    return str(document_id) if key is None else key.removeprefix(PREFIX)
+    return document_id if key is None else key.removeprefix(PREFIX)
 
 
 def named(ids: Iterable[str]) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def remove(client: Client, library: str, ids: Sequence[str]) -> int:
 def fetch(client: Client, library: str, filter: dict[str, Any]) -> Iterator[tuple[Document, str]]:
     """Documents that match, with their text; that of several chunks in paragraphs."""
     for document in client.query_documents(library, filter=filter):
-        yield document, "\n\n".join(chunk.text for chunk in client.chunks(library, str(document.id)))
+        yield document, "\n\n".join(chunk.text for chunk in client.chunks(library, document.id))
 
 
 def _is_uuid(id: str) -> bool:

@@ -400,7 +400,7 @@ class DocumentResult(Answer, frozen=True):
     """
 
     status: int
-    id: uuid.UUID | None = None
+    id: str | None = None
     key: str | None = None
     error: DocumentFailure | None = None
 

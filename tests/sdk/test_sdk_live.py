@@ -54,6 +54,11 @@ def keys(result: Any) -> list[str]:
     return [hit.key for hit in result.hits]
 
 
+async def test_a_document_has_one_id_wherever_it_is_told(shelf: Caller) -> None:
+    [result] = await shelf.add_documents("handbook", [{"key": "locks", "text": "Locks are held."}])
+    assert result.id == (await shelf.get_document("handbook", "locks")).id
+
+
 async def test_searches(shelf: Caller) -> None:
     found = await shelf.search(
         "handbook", "dead rows", mode="text", filter={"year": {"$lt": 2025}}, include=["highlight"],
