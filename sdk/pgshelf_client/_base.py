@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
@@ -38,6 +38,7 @@ from .types import (
     Metadata,
     Name,
     NewChunk,
+    NewDocument,
     NewKey,
     Readiness,
     Replication,
@@ -268,29 +269,37 @@ def changed(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not UNSET}
 
 
-def new_document(
-    *,
-    key: str | None = None,
-    title: str | None,
-    text: str | None,
-    chunks: Iterable[NewChunk] | None,
-    source: str | None,
-    metadata: Metadata | None,
-) -> dict[str, Any]:
-    return given(
-        key=key,
-        title=title,
-        text=text,
-        chunks=None if chunks is None else [new_chunk(chunk) for chunk in chunks],
-        source=source,
-        metadata=json_object(metadata),
-    )
+def new_document(document: object) -> dict[str, Any]:
+    """A document as it is sent."""
+    fields = members("document", document, NewDocument.__annotations__)
+    chunks = fields.get("chunks")
+    converted = {
+        "chunks": None if chunks is None else [new_chunk(chunk) for chunk in chunks],
+        "metadata": json_object(fields.get("metadata")),
+    }
+    return given(**{**fields, **converted})
 
 
-def new_chunk(chunk: NewChunk) -> dict[str, Any]:
-    fields: dict[str, Any] = {**chunk}
+def new_chunk(chunk: object) -> dict[str, Any]:
+    fields = members("chunk", chunk, NewChunk.__annotations__)
     converted = {"embedding": packed(fields.get("embedding")), "metadata": json_object(fields.get("metadata"))}
     return given(**{**fields, **converted})
+
+
+def members(what: str, thing: object, known: Collection[str] | None = None) -> dict[str, Any]:
+    """The members of what should be a mapping, with no others than those that are known, if it is said which."""
+    if not isinstance(thing, Mapping):
+        raise TypeError(f"a {what} is a mapping, not {type(thing).__name__}")
+    for name in thing:
+        if not isinstance(name, str) or (known is not None and name not in known):
+            there = f"; there are {', '.join(known)}" if known else ""
+            raise TypeError(f"a {what} has no field {name!r}{there}")
+    return dict(thing)
+
+
+def batched_search(search: object) -> dict[str, Any]:
+    """One search of several; which options there are is for the server to say, which may be newer."""
+    return search_body(**members("search", search))
 
 
 def search_body(**options: Any) -> dict[str, Any]:

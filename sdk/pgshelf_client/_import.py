@@ -94,17 +94,11 @@ def encode(document: Any) -> tuple[bytes, str | None]:
         if b"\n" in document:
             raise ValueError("a document given as bytes is one line of JSON; this one has several")
         return document, key_of(document)
-    fields = dict(document if isinstance(document, Mapping) else exported(document))
-    try:
-        body = new_document(**{"title": None, "text": None, "chunks": None, "source": None, "metadata": None, **fields})
-    except TypeError as error:
-        raise TypeError(str(error).replace("new_document() got", "a document has")) from None
+    body = new_document(exported(document) if isinstance(document, ExportedDocument) else document)
     return msgspec.json.encode(body), body.get("key")
 
 
-def exported(document: Any) -> dict[str, Any]:
-    if not isinstance(document, ExportedDocument):
-        raise TypeError(f"a document is a mapping, not {type(document).__name__}")
+def exported(document: ExportedDocument) -> dict[str, Any]:
     fields = {name: getattr(document, name) for name in ("key", "title", "source", "metadata")}
     return {**fields, "chunks": [msgspec.structs.asdict(chunk) for chunk in document.chunks]}
 

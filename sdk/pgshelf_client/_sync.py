@@ -394,7 +394,8 @@ class Client:
 
         With `wait=False` the server answers before the chunks are embedded.
         """
-        body = base.new_document(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
+        fields = given(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
+        body = base.new_document(fields)
         path = ("libraries", library, "documents")
         call = self._routes.call("POST", *path, params={"wait": wait}, body=body)
         return self._fetch(call, base.DOCUMENT)
@@ -406,8 +407,7 @@ class Client:
 
         A document is a mapping of what `add_document` takes. For more than about a hundred: `import_documents`.
         """
-        empty: dict[str, Any] = {"title": None, "text": None, "chunks": None, "source": None, "metadata": None}
-        bodies = [base.new_document(**{**empty, **document}) for document in documents]
+        bodies = [base.new_document(document) for document in documents]
         path = ("libraries", library, "documents", "batch")
         call = self._routes.call("POST", *path, params={"wait": wait}, body={"documents": bodies})
         return (self._fetch(call, base.DOCUMENT_RESULTS)).results
@@ -426,7 +426,7 @@ class Client:
         if_match: int | None = None,
     ) -> Document:
         """Replace a document, or create it under a key; an id must exist. `if_match` is the version you have seen."""
-        body = base.new_document(title=title, text=text, chunks=chunks, source=source, metadata=metadata)
+        body = base.new_document(given(title=title, text=text, chunks=chunks, source=source, metadata=metadata))
         path = ("libraries", library, "documents", document)
         call = self._routes.call("PUT", *path, params={"wait": wait}, body=body, if_match=if_match)
         return self._fetch(call, base.DOCUMENT)
@@ -738,7 +738,7 @@ class Client:
 
         A search is a mapping of what `search` takes: {"query": "locks", "k": 3}.
         """
-        body = {"searches": [base.search_body(**search) for search in searches]}
+        body = {"searches": [base.batched_search(search) for search in searches]}
         call = self._routes.call("POST", "libraries", library, "search", "batch", body=body, reads=True)
         return self._fetch(call, base.BATCH_RESULT)
 

@@ -143,7 +143,7 @@ async def test_what_cannot_be_imported_is_told_and_spoils_nothing(importer: Impo
     assert {failure.code for failure in result.failed[1:5]} == {"not_sendable"}
     details = [failure.detail for failure in result.failed]
     assert "not JSON compliant" in details[1]
-    assert details[2] == "a document has an unexpected keyword argument 'txt'"
+    assert details[2] == "a document has no field 'txt'; there are key, title, text, chunks, source, metadata"
     assert details[3] == "a document is a mapping, not list"
     assert "one line of JSON" in details[4]
     assert "vector[0] is inf" in details[6]

@@ -107,6 +107,33 @@ async def test_what_is_no_vector_is_refused(connect, vector):
         await connect(Script(ok())).update_chunk("handbook", "c", embedding=vector)
 
 
+@pytest.mark.parametrize(
+    ("method", "argument", "said"),
+    [
+        ("add_documents", [{"bad": 1}],
+         "a document has no field 'bad'; there are key, title, text, chunks, source, metadata"),
+        ("add_documents", [{1: "t"}], "a document has no field 1; there are key"),
+        ("add_documents", {"text": "t"}, "a document is a mapping, not str"),
+        ("add_documents", [{"chunks": ["t"]}], "a chunk is a mapping, not str"),
+        ("add_documents", [{"chunks": [{"txt": "t"}]}],
+         "a chunk has no field 'txt'; there are text, embedding, metadata"),
+        ("search_batch", ["x"], "a search is a mapping, not str"),
+        ("search_batch", [{1: "x"}], "a search has no field 1"),
+    ],
+)  # fmt: skip
+async def test_what_has_another_form_than_it_should_is_refused_in_words(connect, method, argument, said):
+    script = Script(ok())
+    with pytest.raises(TypeError, match=f"^{said}"):
+        await getattr(connect(script), method)("handbook", argument)
+    assert script.requests == []
+
+
+async def test_a_search_of_several_may_ask_for_what_only_the_server_knows(connect):
+    script = Script(ok({"results": [], "took_ms": 1}))
+    await connect(script).search_batch("handbook", [{"query": "x", "newer": 1}])
+    assert script.body == {"searches": [{"query": "x", "newer": 1}]}
+
+
 async def test_metadata_takes_any_mapping_and_what_json_has_a_form_for(connect):
     script = Script(ok(LIBRARY))
     metadata = types.MappingProxyType({"id": uuid.UUID(int=1), "name": "Größe", "none": None})
