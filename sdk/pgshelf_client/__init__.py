@@ -24,6 +24,7 @@ from .errors import (
     Unavailable,
     UnexpectedAnswer,
     Unprocessable,
+    WaitedTooLong,
 )
 from .types import (
     AuditEntry,
@@ -145,5 +146,6 @@ __all__ = [
     "Unprocessable",
     "UnsetType",
     "Vector",
+    "WaitedTooLong",
     "__version__",
 ]

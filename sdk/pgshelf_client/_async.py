@@ -316,7 +316,7 @@ class AsyncClient:
     async def wait_for_index(self, library: Name, *, timeout: float = 600.0) -> Index:  # noqa: ASYNC109 - the same in both clients
         """Ask for the index until it is not "building" any more: "ready", "waiting" for vectors, or "failed".
 
-        TimeoutError after `timeout` seconds; the building goes on.
+        `WaitedTooLong` after `timeout` seconds; the building goes on.
         """
         deadline = base.Deadline(timeout)
         while True:
@@ -366,7 +366,7 @@ class AsyncClient:
     async def wait_for_embedder(self, library: Name, *, timeout: float = 600.0) -> EmbedderState:  # noqa: ASYNC109 - the same in both clients
         """Ask for the embedder until it is "ready", or the change has "failed" for now.
 
-        TimeoutError after `timeout` seconds; the change goes on.
+        `WaitedTooLong` after `timeout` seconds; the change goes on.
         """
         deadline = base.Deadline(timeout)
         while True:
@@ -388,15 +388,17 @@ class AsyncClient:
         source: str | None = None,
         metadata: Metadata | None = None,
         wait: bool | None = None,
+        if_match: int | None = None,
     ) -> Document:
         """Store a document, given as `text` or as `chunks`; one with the same `key` is replaced.
 
-        With `wait=False` the server answers before the chunks are embedded.
+        With `wait=False` the server answers before the chunks are embedded. `if_match` is the version you have seen of
+        the one that is replaced.
         """
         fields = given(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
         body = base.new_document(fields)
         path = ("libraries", library, "documents")
-        call = self._routes.call("POST", *path, params={"wait": wait}, body=body)
+        call = self._routes.call("POST", *path, params={"wait": wait}, body=body, if_match=if_match)
         return await self._fetch(call, base.DOCUMENT)
 
     async def add_documents(
@@ -462,8 +464,8 @@ class AsyncClient:
     def query_documents(
         self,
         library: Name,
-        *,
         filter: Mapping[str, Any] | None = None,
+        *,
         sort: Iterable[Mapping[str, str]] | None = None,
         page_size: int | None = None,
     ) -> AsyncIterator[Document]:
@@ -476,7 +478,7 @@ class AsyncClient:
         call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)
         return self._items(call, base.DOCUMENTS)
 
-    async def count_documents(self, library: Name, *, filter: Mapping[str, Any] | None = None) -> int:
+    async def count_documents(self, library: Name, filter: Mapping[str, Any] | None = None) -> int:
         """How many documents match a filter."""
         body = base.search_body(filter=filter, limit=1, total=True)
         call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)

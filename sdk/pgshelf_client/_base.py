@@ -16,7 +16,7 @@ import httpx2
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from .errors import UnexpectedAnswer
+from .errors import UnexpectedAnswer, WaitedTooLong
 from .types import (
     AuditEntry,
     Backup,
@@ -171,10 +171,10 @@ class Deadline:
         self.wait = 0.05
 
     def next_wait(self, what: str) -> float:
-        """Seconds until it is worth looking again, or TimeoutError."""
+        """Seconds until it is worth looking again, or WaitedTooLong."""
         left = self.end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"{what} after {self.seconds:g} seconds")
+            raise WaitedTooLong(f"{what} after {self.seconds:g} seconds")
         self.wait = min(self.wait * 1.5, 2.0)
         return min(self.wait, left)
 

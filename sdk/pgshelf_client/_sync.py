@@ -317,7 +317,7 @@ class Client:
     def wait_for_index(self, library: Name, *, timeout: float = 600.0) -> Index:
         """Ask for the index until it is not "building" any more: "ready", "waiting" for vectors, or "failed".
 
-        TimeoutError after `timeout` seconds; the building goes on.
+        `WaitedTooLong` after `timeout` seconds; the building goes on.
         """
         deadline = base.Deadline(timeout)
         while True:
@@ -367,7 +367,7 @@ class Client:
     def wait_for_embedder(self, library: Name, *, timeout: float = 600.0) -> EmbedderState:
         """Ask for the embedder until it is "ready", or the change has "failed" for now.
 
-        TimeoutError after `timeout` seconds; the change goes on.
+        `WaitedTooLong` after `timeout` seconds; the change goes on.
         """
         deadline = base.Deadline(timeout)
         while True:
@@ -389,15 +389,17 @@ class Client:
         source: str | None = None,
         metadata: Metadata | None = None,
         wait: bool | None = None,
+        if_match: int | None = None,
     ) -> Document:
         """Store a document, given as `text` or as `chunks`; one with the same `key` is replaced.
 
-        With `wait=False` the server answers before the chunks are embedded.
+        With `wait=False` the server answers before the chunks are embedded. `if_match` is the version you have seen of
+        the one that is replaced.
         """
         fields = given(key=key, title=title, text=text, chunks=chunks, source=source, metadata=metadata)
         body = base.new_document(fields)
         path = ("libraries", library, "documents")
-        call = self._routes.call("POST", *path, params={"wait": wait}, body=body)
+        call = self._routes.call("POST", *path, params={"wait": wait}, body=body, if_match=if_match)
         return self._fetch(call, base.DOCUMENT)
 
     def add_documents(
@@ -463,8 +465,8 @@ class Client:
     def query_documents(
         self,
         library: Name,
-        *,
         filter: Mapping[str, Any] | None = None,
+        *,
         sort: Iterable[Mapping[str, str]] | None = None,
         page_size: int | None = None,
     ) -> Iterator[Document]:
@@ -477,7 +479,7 @@ class Client:
         call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)
         return self._items(call, base.DOCUMENTS)
 
-    def count_documents(self, library: Name, *, filter: Mapping[str, Any] | None = None) -> int:
+    def count_documents(self, library: Name, filter: Mapping[str, Any] | None = None) -> int:
         """How many documents match a filter."""
         body = base.search_body(filter=filter, limit=1, total=True)
         call = self._routes.call("POST", "libraries", library, "documents", "query", body=body, reads=True)

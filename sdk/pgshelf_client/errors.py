@@ -15,7 +15,8 @@ PgshelfError
 │       ├── Unavailable      503  the database or a provider is gone or busy
 │       └── Timeout          504  the server gave up waiting for the database or for a provider
 ├── ConnectionFailed         no answer came back
-└── UnexpectedAnswer         an answer came back that is not pgshelf's
+├── UnexpectedAnswer         an answer came back that is not pgshelf's
+└── WaitedTooLong            wait_for_index or wait_for_embedder reached its timeout; a TimeoutError, too
 """
 
 import email.utils
@@ -43,6 +44,7 @@ __all__ = [
     "Unavailable",
     "UnexpectedAnswer",
     "Unprocessable",
+    "WaitedTooLong",
 ]
 
 SHOWN_CHARACTERS = 300  # of an answer that is no problem document, a proxy's page for one
@@ -146,6 +148,10 @@ class ConnectionFailed(PgshelfError):
 
 class UnexpectedAnswer(PgshelfError):
     """The server answered with success, but not in the form of pgshelf: the address may be another service's."""
+
+
+class WaitedTooLong(PgshelfError, TimeoutError):
+    """What was waited for, an index or an embedder, was not there in time; the server goes on with it."""
 
 
 BY_STATUS: dict[int, type[ApiError]] = {

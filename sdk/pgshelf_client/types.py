@@ -508,8 +508,8 @@ class KeySecret(Answer, frozen=True):
     expires_at: datetime | None = None
 
 
-class Key(Answer, frozen=True):
-    """A key of the API. `libraries` are ids, names and patterns; ["*"] is all."""
+class KeyFields(Answer, frozen=True):
+    """What a key and a new one tell."""
 
     id: str
     name: str
@@ -519,10 +519,15 @@ class Key(Answer, frozen=True):
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
+
+
+class Key(KeyFields, frozen=True):
+    """A key of the API. `libraries` are ids, names and patterns; ["*"] is all."""
+
     secrets: list[KeySecret] = []
 
 
-class NewKey(Key, frozen=True, kw_only=True):
+class NewKey(KeyFields, frozen=True, kw_only=True):
     """A key with its new `secret`, which the server cannot show again."""
 
     secret: str

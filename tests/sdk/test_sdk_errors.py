@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import pickle
 import time
@@ -108,6 +109,11 @@ def test_every_error_is_in_the_tree():
         kind = getattr(pgshelf_client, name)
         assert issubclass(kind, PgshelfError)
         assert f"── {name} " in errors.__doc__ or name == "PgshelfError"
+
+
+def test_whoever_knows_timeouts_of_python_knows_that_of_waiting():
+    assert issubclass(pgshelf_client.WaitedTooLong, TimeoutError) and asyncio.TimeoutError is TimeoutError
+    assert not issubclass(pgshelf_client.WaitedTooLong, ApiError)
 
 
 def test_errors_travel_between_processes():

@@ -59,6 +59,13 @@ async def test_a_document_has_one_id_wherever_it_is_told(shelf: Caller) -> None:
     assert result.id == (await shelf.get_document("handbook", "locks")).id
 
 
+async def test_a_document_that_changed_since_it_was_seen_is_not_replaced(shelf: Caller) -> None:
+    version = (await shelf.get_document("handbook", "locks")).version
+    with pytest.raises(Conflict):
+        await shelf.add_document("handbook", key="locks", text="Other.", if_match=version + 1)
+    assert (await shelf.add_document("handbook", key="locks", text="Other.", if_match=version)).version > version
+
+
 async def test_searches(shelf: Caller) -> None:
     found = await shelf.search(
         "handbook", "dead rows", mode="text", filter={"year": {"$lt": 2025}}, include=["highlight"],
