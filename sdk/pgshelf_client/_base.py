@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 from urllib.parse import quote
 
 import httpx2
@@ -24,6 +24,7 @@ from .types import (
     CacheInfo,
     Changes,
     Chunk,
+    ConsistencyLevel,
     Document,
     DocumentResults,
     EmbedderState,
@@ -136,8 +137,8 @@ class Consistency:
     A token is a cluster, a timeline and a position in its WAL, written so that later ones of a cluster are greater.
     """
 
-    def __init__(self, level: str) -> None:
-        if level not in ("eventual", "session", "strong"):
+    def __init__(self, level: ConsistencyLevel) -> None:
+        if level not in get_args(ConsistencyLevel):
             raise ValueError(f'consistency is "eventual", "session" or "strong", not {level!r}')
         self.level = level
         self.token: str | None = None

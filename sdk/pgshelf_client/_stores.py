@@ -8,12 +8,13 @@ from typing import Any
 
 from ._sync import Client
 from .errors import BY_STATUS, ApiError, ServerError
-from .types import Document, DocumentFailure, NewDocument
+from .types import Document, DocumentFailure, HitPart, NewDocument
 
 PREFIX = "id:"  # pgshelf takes what looks like an id for one of its own; a framework's UUIDs are keys all the same
 BATCH = 100  # documents in a request; lists of a filter hold up to a thousand
 UUID = re.compile(r"(\{)?[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}(?(1)\})", re.IGNORECASE)
 ALL = {"$id": {"$exists": True}}
+PARTS: tuple[HitPart, ...] = ("text", "metadata", "document")
 
 
 def key_of(id: str) -> str:

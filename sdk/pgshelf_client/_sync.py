@@ -18,6 +18,7 @@ from ._lanes import Lanes, Source, each
 from ._retry import Attempts, Retries
 from .errors import ConnectionFailed
 from .types import (
+    AttributeType,
     AuditEntry,
     Backup,
     BatchResult,
@@ -25,30 +26,51 @@ from .types import (
     Change,
     Changes,
     Chunk,
+    ChunkingChoice,
+    ChunkPart,
+    ConsistencyLevel,
     Document,
     DocumentResult,
+    EmbedderChoice,
     EmbedderState,
+    EmbeddingType,
     EventTaken,
     ExportedDocument,
     FacetsResult,
+    Fusion,
+    GroupBy,
     Health,
+    HitPart,
     ImportFailure,
     ImportProgress,
     ImportResult,
     Index,
+    IndexChoice,
+    IndexStorage,
+    IndexType,
     Key,
     Library,
     LibraryStats,
+    Like,
     Metadata,
+    Metric,
+    Mmr,
+    Mode,
     Name,
     NewChunk,
     NewDocument,
     NewKey,
+    Outcome,
+    Provider,
     Readiness,
     Replication,
+    Rerank,
+    Role,
     Search,
     SearchResult,
+    SortKey,
     Token,
+    Truncate,
     Vector,
 )
 
@@ -79,7 +101,7 @@ class Client:
         api_prefix: str = "/v1",
         timeout: float | httpx2.Timeout | None = base.DEFAULT_TIMEOUT,
         retries: int | Retries = 3,
-        consistency: str = "session",
+        consistency: ConsistencyLevel = "session",
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._routes = base.Routes(base_url, api_prefix)
@@ -129,13 +151,13 @@ class Client:
         name: str,
         *,
         description: str | None = None,
-        embedder: Mapping[str, Any] | None = None,
+        embedder: EmbedderChoice | None = None,
         dimension: int | None = None,
-        metric: str | None = None,
+        metric: Metric | None = None,
         language: str | None = None,
-        index: Mapping[str, Any] | None = None,
-        attributes: Mapping[str, str] | None = None,
-        chunking: Mapping[str, int] | None = None,
+        index: IndexChoice | None = None,
+        attributes: Mapping[str, AttributeType] | None = None,
+        chunking: ChunkingChoice | None = None,
         metadata: Metadata | None = None,
     ) -> Library:
         """Create a library; `Conflict` when the name is taken.
@@ -174,8 +196,8 @@ class Client:
         *,
         name: str | UnsetType = UNSET,
         description: str | UnsetType | None = UNSET,
-        attributes: Mapping[str, str] | UnsetType | None = UNSET,
-        chunking: Mapping[str, int] | UnsetType = UNSET,
+        attributes: Mapping[str, AttributeType] | UnsetType | None = UNSET,
+        chunking: ChunkingChoice | UnsetType = UNSET,
         metadata: Metadata | UnsetType = UNSET,
     ) -> Library:
         """Change what is given; None clears the description, in `metadata` (merged by RFC 7396) it removes a field.
@@ -204,7 +226,7 @@ class Client:
     def create_key(
         self,
         name: str,
-        role: str,
+        role: Role,
         *,
         libraries: Sequence[str] | None = None,
         expires_at: datetime | None = None,
@@ -238,7 +260,7 @@ class Client:
         return self._fetch(self._routes.call("POST", "keys", key, "rotate", body=body), base.NEW_KEY)
 
     def create_token(
-        self, *, role: str | None = None, libraries: Sequence[str] | None = None, expires_in: int | None = None
+        self, *, role: Role | None = None, libraries: Sequence[str] | None = None, expires_in: int | None = None
     ) -> Token:
         """Exchange this client's key for a token, which may do less and lives for `expires_in` seconds."""
         body = given(role=role, libraries=listed(libraries), expires_in=expires_in)
@@ -252,7 +274,7 @@ class Client:
         action: str | None = None,
         library: Name | None = None,
         since: datetime | None = None,
-        outcome: str | None = None,
+        outcome: Outcome | None = None,
         page_size: int | None = None,
     ) -> Iterator[AuditEntry]:
         """Who did what, newest first; all of it, or one action, library or outcome ("done" or "refused").
@@ -296,9 +318,9 @@ class Client:
     def set_index(
         self,
         library: Name,
-        type: str,
+        type: IndexType,
         *,
-        storage: str | None = None,
+        storage: IndexStorage | None = None,
         m: int | None = None,
         ef_construction: int | None = None,
         lists: int | None = None,
@@ -335,14 +357,14 @@ class Client:
     def set_embedder(
         self,
         library: Name,
-        provider: str,
+        provider: Provider,
         *,
         model: str | None = None,
         dimension: int | None = None,
         query_prefix: str | None = None,
         document_prefix: str | None = None,
-        embedding_type: str | None = None,
-        truncate: str | None = None,
+        embedding_type: EmbeddingType | None = None,
+        truncate: Truncate | None = None,
     ) -> EmbedderState:
         """Ask for another embedder; the server embeds all texts anew meanwhile, and then all change at once.
 
@@ -467,7 +489,7 @@ class Client:
         library: Name,
         filter: Mapping[str, Any] | None = None,
         *,
-        sort: Iterable[Mapping[str, str]] | None = None,
+        sort: Iterable[SortKey] | None = None,
         page_size: int | None = None,
     ) -> Iterator[Document]:
         """The documents that match a filter, fetched page by page.
@@ -614,7 +636,7 @@ class Client:
         library: Name,
         document: Name,
         *,
-        include: Sequence[str] | None = None,
+        include: ChunkPart | Sequence[ChunkPart] | None = None,
         page_size: int | None = None,
     ) -> Iterator[Chunk]:
         """The chunks of a document in order, fetched page by page; `include=["embedding"]` adds their vectors."""
@@ -622,7 +644,7 @@ class Client:
         call = self._routes.call("GET", *path, params={"limit": page_size, "include": listed(include)})
         return self._items(call, base.CHUNKS)
 
-    def get_chunk(self, library: Name, chunk: Name, *, include: Sequence[str] | None = None) -> Chunk:
+    def get_chunk(self, library: Name, chunk: Name, *, include: ChunkPart | Sequence[ChunkPart] | None = None) -> Chunk:
         """One chunk, by id; `include=["embedding"]` adds its vector."""
         path = ("libraries", library, "chunks", chunk)
         return self._fetch(self._routes.call("GET", *path, params={"include": listed(include)}), base.CHUNK)
@@ -682,21 +704,21 @@ class Client:
         query: str | None = None,
         *,
         vector: Vector | None = None,
-        like: Mapping[str, Any] | None = None,
-        mode: str | None = None,
+        like: Like | None = None,
+        mode: Mode | None = None,
         k: int | None = None,
         offset: int | None = None,
         filter: Mapping[str, Any] | None = None,
         max_distance: float | None = None,
         min_score: float | None = None,
-        fusion: Mapping[str, Any] | None = None,
-        mmr: Mapping[str, Any] | None = None,
-        group_by: str | None = None,
+        fusion: Fusion | None = None,
+        mmr: Mmr | None = None,
+        group_by: GroupBy | None = None,
         group_size: int | None = None,
-        rerank: Mapping[str, Any] | None = None,
+        rerank: Rerank | None = None,
         exact: bool | None = None,
         ef_search: int | None = None,
-        include: Sequence[str] | None = None,
+        include: HitPart | Sequence[HitPart] | None = None,
         facets: Sequence[str] | None = None,
         total: bool | None = None,
         explain: bool | None = None,
@@ -735,7 +757,7 @@ class Client:
         call = self._routes.call("POST", "libraries", library, "search", body=body, reads=True)
         return self._fetch(call, base.SEARCH_RESULT)
 
-    def search_batch(self, library: Name, searches: Iterable[Search | Mapping[str, Any]]) -> BatchResult:
+    def search_batch(self, library: Name, searches: Iterable[Search]) -> BatchResult:
         """Several searches of a library at once; each item has its `answer`, or its `error`, which spoils no other.
 
         A search is a mapping of what `search` takes: {"query": "locks", "k": 3}.
@@ -750,17 +772,17 @@ class Client:
         query: str | None = None,
         *,
         vector: Vector | None = None,
-        mode: str | None = None,
+        mode: Mode | None = None,
         k: int | None = None,
         offset: int | None = None,
         filter: Mapping[str, Any] | None = None,
         max_distance: float | None = None,
         min_score: float | None = None,
-        fusion: Mapping[str, Any] | None = None,
-        rerank: Mapping[str, Any] | None = None,
+        fusion: Fusion | None = None,
+        rerank: Rerank | None = None,
         exact: bool | None = None,
         ef_search: int | None = None,
-        include: Sequence[str] | None = None,
+        include: HitPart | Sequence[HitPart] | None = None,
     ) -> SearchResult:
         """Search several libraries as one; each hit names its `library`. The options are those of `search`.
 

@@ -12,7 +12,7 @@ from langchain_core.vectorstores import VectorStore
 
 from . import _stores as stores
 from ._sync import Client
-from .types import Hit, NewChunk, NewDocument
+from .types import Hit, Mode, NewChunk, NewDocument
 
 __all__ = ["PgshelfVectorStore"]
 
@@ -30,7 +30,7 @@ class PgshelfVectorStore(VectorStore):
     """
 
     def __init__(
-        self, client: Client, library: str, embedding: Embeddings | None = None, *, mode: str = "vector"
+        self, client: Client, library: str, embedding: Embeddings | None = None, *, mode: Mode = "vector"
     ) -> None:
         self.client, self.library, self.mode = client, library, mode
         self._embedding = embedding
@@ -122,8 +122,7 @@ class PgshelfVectorStore(VectorStore):
             vector = self._embedding.embed_query(query)
             if options["mode"] == "vector":
                 query = None
-        include = ["text", "metadata", "document"]
-        return self.client.search(self.library, query, vector=vector, k=k, include=include, **options).hits
+        return self.client.search(self.library, query, vector=vector, k=k, include=stores.PARTS, **options).hits
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         """Scores of a search by cosine are between -1 and 1, by other distances between 0 and 1."""

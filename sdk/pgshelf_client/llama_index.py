@@ -134,8 +134,7 @@ class PgshelfVectorStore(BasePydanticVectorStore):
             weight = 0.5 if query.mmr_threshold is None else query.mmr_threshold
             options["mmr"] = {"lambda": weight, "candidates": CANDIDATES * query.similarity_top_k}
         words = None if mode == "vector" else query.query_str
-        include = ["text", "metadata", "document"]
-        hits = self._client.search(self.library, words, **{**options, "include": include, **kwargs}).hits
+        hits = self._client.search(self.library, words, **{**options, "include": stores.PARTS, **kwargs}).hits
         nodes = [_node_of(hit) for hit in hits]
         return VectorStoreQueryResult(
             nodes=nodes, similarities=[hit.score for hit in hits], ids=[node.node_id for node in nodes]

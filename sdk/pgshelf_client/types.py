@@ -6,51 +6,76 @@ Answers are frozen structs. A field that a newer server adds is ignored, one tha
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, Required, TypedDict
 
 import msgspec
 
 from .errors import FieldError
 
 __all__ = [
+    "AttributeType",
     "Backup",
     "BatchItem",
     "BatchResult",
     "Chunk",
     "ChunkCounts",
+    "ChunkPart",
     "Chunking",
+    "ChunkingChoice",
+    "ConsistencyLevel",
     "Document",
     "DocumentFailure",
     "DocumentResult",
     "DocumentResults",
     "DocumentSummary",
     "Embedder",
+    "EmbedderChoice",
     "EmbedderState",
+    "EmbeddingType",
     "Explanation",
     "ExportedChunk",
     "ExportedDocument",
     "FacetValue",
     "FacetsResult",
+    "Fusion",
+    "FusionMethod",
+    "GroupBy",
     "Health",
     "Hit",
+    "HitPart",
     "ImportFailure",
     "ImportProgress",
     "ImportResult",
     "Index",
+    "IndexChoice",
     "IndexEstimate",
     "IndexState",
+    "IndexStorage",
+    "IndexType",
     "Library",
     "LibraryStats",
+    "Like",
     "Metadata",
+    "Metric",
+    "Mmr",
+    "Mode",
     "Name",
     "NewChunk",
     "NewDocument",
+    "Outcome",
+    "Provider",
     "Readiness",
     "Replication",
+    "Rerank",
+    "RerankProvider",
+    "Role",
     "Search",
     "SearchFailure",
     "SearchResult",
     "Server",
+    "SortKey",
+    "SortOrder",
+    "Truncate",
     "Vector",
 ]
 
@@ -69,6 +94,124 @@ class HasToList(Protocol):
 
 Vector = Sequence[float] | HasToList
 """Finite numbers, one per dimension of the library."""
+
+# What a request may choose from. Answers say str, for a newer server may know more.
+
+AttributeType = Literal["number", "text", "datetime"]
+"""What an indexed field of the metadata holds."""
+
+ChunkPart = Literal["embedding"]
+"""What a chunk carries beside the rest."""
+
+ConsistencyLevel = Literal["eventual", "session", "strong"]
+"""How fresh reads are, where the server reads from replicas."""
+
+EmbeddingType = Literal["float", "binary"]
+"""How Cohere's vectors come."""
+
+FusionMethod = Literal["rrf", "weighted"]
+"""How the two sides of a hybrid search become one ranking."""
+
+GroupBy = Literal["document"]
+"""What gives only its best hits."""
+
+HitPart = Literal["text", "metadata", "document", "embedding", "highlight"]
+"""What a hit carries."""
+
+IndexStorage = Literal["halfvec", "vector", "bit"]
+"""How an index keeps vectors."""
+
+IndexType = Literal["auto", "flat", "hnsw", "ivfflat", "lsh", "kdtree"]
+"""Which index a library shall have."""
+
+Metric = Literal["cosine", "l2", "inner_product", "l1"]
+"""How the distance of two vectors is measured."""
+
+Mode = Literal["vector", "text", "hybrid"]
+"""By meaning, by words, or both."""
+
+Outcome = Literal["done", "refused"]
+"""How something in the audit log ended."""
+
+Provider = Literal["local", "cohere", "openai", "sentence_transformers", "none"]
+"""Who makes vectors."""
+
+RerankProvider = Literal["cohere"]
+"""Who puts the best hits in order."""
+
+Role = Literal["reader", "writer", "admin"]
+"""What a key may do."""
+
+SortOrder = Literal["asc", "desc"]
+"""Upwards or downwards."""
+
+Truncate = Literal["end", "start", "none"]
+"""What Cohere leaves out of a text that is too long."""
+
+
+class EmbedderChoice(TypedDict, total=False):
+    """Who shall make the vectors of a library."""
+
+    provider: Required[Provider]
+    model: str | None
+    dimension: int | None
+    query_prefix: str
+    document_prefix: str
+    embedding_type: EmbeddingType
+    truncate: Truncate
+
+
+class IndexChoice(TypedDict, total=False):
+    """Which index a library shall have; what is absent is chosen by the server."""
+
+    type: Required[IndexType]
+    storage: IndexStorage
+    m: int
+    ef_construction: int
+    lists: int
+    bits: int
+    seed: int
+
+
+class ChunkingChoice(TypedDict, total=False):
+    """How long a chunk may become, and how much of it the next one repeats, in characters."""
+
+    size: int | None
+    overlap: int | None
+
+
+class Like(TypedDict, total=False):
+    """What hits shall be like: a chunk by its id, or a document by its key or id."""
+
+    chunk: Name | None
+    document: Name | None
+
+
+class Fusion(TypedDict, total=False):
+    """How a hybrid search fuses; `weights` are of the vectors and of the words."""
+
+    method: FusionMethod
+    k: int
+    weights: Sequence[float]
+
+
+Mmr = TypedDict("Mmr", {"lambda": float, "candidates": int | None}, total=False)
+"""Hits that are unlike each other; `lambda` is from 0, as diverse as can be, to 1, relevance alone."""
+
+
+class Rerank(TypedDict, total=False):
+    """Who reads the best `candidates` together with the query."""
+
+    provider: Required[RerankProvider]
+    model: str | None
+    candidates: int | None
+
+
+class SortKey(TypedDict, total=False):
+    """A declared attribute or a column that documents are ordered by; "asc" if there is no `order`."""
+
+    field: Required[str]
+    order: SortOrder
 
 
 class NewChunk(TypedDict):
@@ -95,21 +238,21 @@ class Search(TypedDict, total=False):
 
     query: str | None
     vector: Vector | None
-    like: Mapping[str, Any] | None
-    mode: str | None
+    like: Like | None
+    mode: Mode | None
     k: int | None
     offset: int | None
     filter: Mapping[str, Any] | None
     max_distance: float | None
     min_score: float | None
-    fusion: Mapping[str, Any] | None
-    mmr: Mapping[str, Any] | None
-    group_by: str | None
+    fusion: Fusion | None
+    mmr: Mmr | None
+    group_by: GroupBy | None
     group_size: int | None
-    rerank: Mapping[str, Any] | None
+    rerank: Rerank | None
     exact: bool | None
     ef_search: int | None
-    include: Sequence[str] | None
+    include: HitPart | Sequence[HitPart] | None
     facets: Sequence[str] | None
     total: bool | None
     explain: bool | None

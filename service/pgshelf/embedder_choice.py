@@ -21,7 +21,7 @@ class EmbedderChoice(msgspec.Struct, forbid_unknown_fields=True):
     """Who shall make the vectors; with `none` the client brings them."""
 
     provider: Annotated[
-        Annotated[str, Meta(max_length=64, examples=["local"])],
+        Annotated[Provider, Meta(max_length=64, examples=["local"])],
         Meta(
             description="`local` and `sentence_transformers` compute in the server; `cohere` and `openai`, any "
             "endpoint of its kind, are asked over the network; `none` leaves it to the client. What the server is not "

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from pgshelf_client import Client
+from pgshelf_client import Client, ConsistencyLevel
 from pgshelf_client._base import LEVEL, Consistency
 from pgshelf_client._base import SEEN as TOKEN
 from tests.sdk.script import LIBRARY, Script, ok
@@ -67,7 +67,7 @@ def test_reads_carry_what_writes_were_answered_with() -> None:
 
 
 @pytest.mark.parametrize("level", ["eventual", "strong"])
-def test_other_levels_are_said_and_no_token_is(level: str) -> None:
+def test_other_levels_are_said_and_no_token_is(level: ConsistencyLevel) -> None:
     script = Script(answered(LIBRARY, token(1, 1, 7)))
     with Client("http://x", consistency=level, transport=httpx2.MockTransport(script)) as client:
         client.update_library("x", description="d")
@@ -79,4 +79,4 @@ def test_other_levels_are_said_and_no_token_is(level: str) -> None:
 
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="eventual"):
-        Client("http://x", consistency="weak")
+        Client("http://x", consistency="weak")  # type: ignore[arg-type]
