@@ -105,9 +105,10 @@ order by p.place"""  # noqa: S608 - put together from constants
     operation_id="queryDocuments",
 )
 async def query_documents(
-    library: LibraryName, data: JSONBody[DocumentQuery], reader: Reader, settings: Config
+    library: LibraryName, reader: Reader, settings: Config, data: JSONBody[DocumentQuery | None] = None
 ) -> DocumentsFound:
     """List the documents that match a filter, in any order."""
+    data = data or DocumentQuery()
     size = page_size(data.limit, settings)
     condition = filters.parameter(data.filter, settings)
     sort = Jsonb(msgspec.to_builtins(data.sort))

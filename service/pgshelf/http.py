@@ -133,7 +133,8 @@ class Body(AbstractDTO[Any]):
     def decode_bytes(self, value: bytes) -> Any:
         """The body as the struct that the handler asks for."""
         request = self.asgi_connection
-        model: Any = request.route_handler.parsed_data_field.annotation
+        field = request.route_handler.parsed_data_field
+        model: Any = next(part for part in [*field.inner_types, field] if not part.is_none_type).annotation
         with stage("decode"):
             return decoded(request.headers.get("content-type", ""), value, model)
 
@@ -230,9 +231,10 @@ def check_content_type(scope: Any) -> None:
     if scope["method"] not in {"POST", "PUT", "PATCH"}:
         return
     headers = dict(scope["headers"])
-    if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+    empty = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+    if empty and b"content-type" not in headers and b"origin" not in headers:
         return  # no body; who needs one says so
-    # no type is no JSON: a web page may send such a body anywhere without asking first
+    # no type is no JSON: a web page may send such a body, or none, anywhere without asking first
     header = headers.get(b"content-type", b"").decode("latin-1")
     # a route that answers with lines takes lines
     lines = scope["route_handler"].media_type == NDJSON

@@ -220,8 +220,9 @@ async def revoke_key(key: KeyName, once: Write) -> Answer[None]:
     summary="Give a key another secret",
     operation_id="rotateKey",
 )
-async def rotate_key(key: KeyName, data: JSONBody[RotateKey], audited: Audited) -> Answer[NewKey]:
+async def rotate_key(key: KeyName, audited: Audited, data: JSONBody[RotateKey | None] = None) -> Answer[NewKey]:
     """Make another secret for a key. The one before, with its tokens, is valid for a while yet."""
+    data = data or RotateKey()
     renewed = data.expires_at is not UNSET
     ends = data.expires_at if data.expires_at is not UNSET else None
     check_expiry(ends)
@@ -244,11 +245,12 @@ async def rotate_key(key: KeyName, data: JSONBody[RotateKey], audited: Audited) 
     operation_id="createToken",
 )
 async def create_token(
-    data: JSONBody[CreateToken], audited: Audited, settings: Config, principal: Caller
+    audited: Audited, settings: Config, principal: Caller, data: JSONBody[CreateToken | None] = None
 ) -> Answer[Token]:
     """Make a token of the key that was sent. It lives for minutes, may do less, and ends when its key does."""
     if principal.kind != "key":
         raise Problem("forbidden", "Only a key (pgs_...) can be exchanged for a token; send one.")
+    data = data or CreateToken()
     role: Any = data.role or principal.role
     if not principal.may(role):
         raise Problem("forbidden", f"The key has the role {principal.role}, its tokens cannot have {role}.")

@@ -85,6 +85,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             operation["requestBody"] = {"description": text, "required": True, "content": {NDJSON: {"schema": schema}}}
         elif "requestBody" in operation:
             operation["requestBody"]["description"] = SENT_AS
+            _optional(operation["requestBody"])
         for status, response in operation["responses"].items():
             names = ["X-Request-Id", "Server-Timing"]
             names += SENT.get(operation["operationId"], []) if int(status) < 400 else []
@@ -104,6 +105,15 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
                 response["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Change"}}
             _also_msgpack(response.get("content") or {})
     return document
+
+
+def _optional(body: dict[str, Any]) -> None:
+    """A body that may be null to its handler may be left out by the client."""
+    content = body["content"]["application/json"]
+    if parts := content["schema"].pop("oneOf", None):
+        content["schema"] = next(part for part in parts if "$ref" in part)
+        body["required"] = False
+        body["description"] += " May be left out."
 
 
 def _schemas() -> dict[str, Any]:

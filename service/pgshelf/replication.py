@@ -128,7 +128,7 @@ async def get_replication(engine: Engine, settings: Config) -> Replication:
     summary="Start a backup",
     operation_id="startBackup",
 )
-async def start_backup(data: JSONBody[StartBackup], once: Write, settings: Config) -> Answer[Backup]:
+async def start_backup(once: Write, settings: Config, data: JSONBody[StartBackup | None] = None) -> Answer[Backup]:
     """Start a backup of the whole PostgreSQL server, in a process of its own that outlives the one that answers.
 
     There is one at a time; `PGSHELF_BACKUP_KEEP` says how many are kept.
@@ -138,7 +138,7 @@ async def start_backup(data: JSONBody[StartBackup], once: Write, settings: Confi
 
     async def claim(_: Connection) -> Answer[Backup]:
         if not claimed:  # a transaction may be tried again
-            claimed.append(await asyncio.to_thread(_claim, store, data.label))
+            claimed.append(await asyncio.to_thread(_claim, store, data.label if data else None))
         once.note(detail=claimed[0][0].id)
         return Answer(claimed[0][0], status_code=202)
 

@@ -37,10 +37,10 @@ class Retried(msgspec.Struct):
     operation_id="retryEmbeddings",
 )
 async def retry_embeddings(
-    library: LibraryName, data: JSONBody[RetryEmbeddings], once: Write, settings: Config
+    library: LibraryName, once: Write, settings: Config, data: JSONBody[RetryEmbeddings | None] = None
 ) -> Answer[Retried]:
     """Let the worker try again the chunks that it gave up, of all documents or of those that match a filter."""
-    condition = filters.parameter(data.filter, settings)
+    condition = filters.parameter(data.filter if data else None, settings)
 
     async def change(connection: Connection) -> Answer[Retried]:
         rows = await database.rows(connection, "select pgshelf.retry_embeddings(%s, %s)", library, condition)

@@ -206,6 +206,42 @@ async def test_a_body_without_a_content_type_is_refused(client: httpx2.AsyncClie
     problem(await client.post("/v1/libraries", content=b'{"name": "a"}'), 415, "unsupported_media_type")
 
 
+EMPTY = [  # what an open service without backups answers
+    ("token", 403), ("keys/none/rotate", 404), ("replication/backups", 422),
+    ("libraries/shelf/embeddings/retry", 200), ("libraries/shelf/documents/query", 200),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "status"), EMPTY)
+async def test_where_nothing_need_be_said_a_body_may_be_left_out(
+    client: httpx2.AsyncClient, path: str, status: int
+) -> None:
+    ok(await client.post("/v1/libraries", json={"name": "shelf"}), 201)
+    json = {"Content-Type": "application/json"}
+    for content, headers in ((b"", {}), (b"", json), (b"{}", json)):
+        response = await client.post(f"/v1/{path}", content=content, headers=headers)
+        assert response.status_code == status, response.text
+    problem(await client.post(f"/v1/{path}", content=b"null", headers=json), 400, "validation_failed")
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b"x=1", {"Content-Type": "text/plain"}),
+        (b"", {"Content-Type": "text/plain"}),
+        (b"", {"Content-Type": "application/x-www-form-urlencoded"}),
+        (b"", {"Origin": "https://elsewhere.example"}),
+        (b"", {"Origin": "null"}),
+    ],
+)
+@pytest.mark.parametrize("path", [path for path, _ in EMPTY])
+async def test_a_web_page_must_ask_first_even_to_send_nothing(
+    client: httpx2.AsyncClient, path: str, content: bytes, headers: dict[str, str]
+) -> None:
+    response = await client.post(f"/v1/{path}", content=content, headers=headers)
+    problem(response, 415, "unsupported_media_type")
+
+
 WAIT = [
     ("wait=true", 201), ("wait=True", 201), ("wait=1", 201), ("wait=false", 202), ("wait=0", 202), ("wait=maybe", 400),
     ("wait=", 400), ("wait=2", 400), ("wait=true&wait=false", 202), ("other=1", 201),
