@@ -23,5 +23,6 @@ EXPOSE 8432
 # The slim image has no curl.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8432/health', timeout=4)"]
-# Refuses to start until PGSHELF_ALLOW_UNAUTHENTICATED=true says that others cannot reach the published port.
+# Refuses to start until there is a key, PGSHELF_AUTH=on or JWT, or PGSHELF_ALLOW_UNAUTHENTICATED=true says that others
+# cannot reach the published port.
 CMD ["pgshelf", "serve", "--host", "0.0.0.0", "--port", "8432"]
