@@ -29,6 +29,7 @@ from psycopg.conninfo import conninfo_to_dict
 import pgshelf
 from pgshelf import cli_serve, embedded, schema
 from pgshelf.cli import main
+from pgshelf.embedders import PROVIDERS
 from pgshelf_client import Client, Embedder, EmbedderState, Index, IndexEstimate
 from tests.cohere_server import CohereServer, status
 from tests.conftest import LiveServer
@@ -443,6 +444,11 @@ def test_index_says_how_far_it_is(
 # -- embedder
 
 
+def test_embedder_names_all_providers(run: Run) -> None:
+    told = run("embedder", "--help").output
+    assert [provider for provider in PROVIDERS if provider not in told] == []
+
+
 def test_embedder_shows_and_changes_the_embedder(run: Run, served: LiveServer) -> None:
     write(served, "a")
     here = ("--url", served.url)
@@ -502,6 +508,8 @@ def test_embedder_says_how_far_it_is(
         (["--host", "0.0.0.0"], {}, "PGSHELF_ALLOW_UNAUTHENTICATED"),  # noqa: S104 - what is refused
         (["--host", "shelf.example.com"], {"PGSHELF_AUTH": "off"}, "PGSHELF_ALLOW_UNAUTHENTICATED"),
         (["--host", "203.0.113.7"], {"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, "cannot listen on 203.0.113.7:8432"),
+        (["--host", "203.0.113.7"], {"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, "Choose --host."),
+        (["--host", "no.host.invalid"], {"PGSHELF_ALLOW_UNAUTHENTICATED": "true"}, "Choose --host."),
     ],
 )
 def test_serve_refuses_what_it_cannot_do(

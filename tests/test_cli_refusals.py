@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,6 +50,25 @@ def test_a_search_without_a_server_asks_whether_there_is_one() -> None:
     result = run("search", "notes", "anything", "--url", "http://127.0.0.1:9")
     assert result.exit_code == 1
     assert "Is pgshelf serve running there?" in result.output
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "http://", "http://[::1", "http://a:99999", "ftp://a", "http://a..b", "http://a\x01b"]
+)
+@pytest.mark.parametrize("words", [("search", "notes", "x"), ("index", "notes"), ("export", "notes", "x.csv")])
+def test_an_address_that_is_none_is_named(words: tuple[str, ...], url: str, tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        result = run(*words, "--url", url)
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+    assert result.output.startswith("pgshelf: --url ") and "such as http://127.0.0.1:8432" in result.output
+
+
+def test_who_is_not_let_in_is_told_where_the_key_goes(database_url: str, make_live_server: Any) -> None:
+    server = make_live_server(database_url, PGSHELF_AUTH="on")
+    for environment in ({}, {"PGSHELF_API_KEY": "pgs_wrong"}):
+        result = run("search", "notes", "x", "--url", server.url, **environment)
+        assert result.exit_code == 1 and result.output.endswith(". Set PGSHELF_API_KEY.\n"), result.output
+    assert "PGSHELF_API_KEY" in run("import", "--help").output
 
 
 def test_serving_an_unmigrated_database_says_so_and_serves(empty_database_url: str, make_live_server: Any) -> None:

@@ -54,7 +54,7 @@ def test_a_busy_service_opens_no_more_than_it_says(database_url: str, make_live_
             began, changed = time.monotonic(), False
             try:
                 while time.monotonic() < began + 8:
-                    now = dict(db.execute(OPEN).fetchall())
+                    now: dict[str, int] = dict(db.execute(OPEN).fetchall())
                     most["in all"] = max(most["in all"], sum(now.values()))
                     for name, number in now.items():
                         most[name] = max(most[name], number)

@@ -44,6 +44,8 @@ def demo_command(settings_of: Callable[..., Settings], keep: bool, port: int | N
     console, settings, library = Console(highlight=False), settings_of(port=port), "python-docs"
     url, sensible = f"http://127.0.0.1:{settings.port}", 0
     console.print("[bold]1. start PostgreSQL, migrate, serve[/bold]")
+    apart = f"  open to all on this machine; its data are its own: pgshelf keys and doctor need --data-dir {data_dir}"
+    console.print(apart, markup=False, soft_wrap=True)
     with _serving(settings.port, data_dir) as process, Client(url, timeout=60) as client:
         _await(process, client)
         console.print("[bold]2. ingest the documentation of the Python standard library[/bold]")

@@ -182,7 +182,7 @@ def _state(index: Index) -> str:
 
 @click.command()
 @click.argument("library")
-@click.option("--provider", help="Ask for it: local, cohere.")
+@click.option("--provider", help="Ask for it: local, cohere, openai, sentence_transformers, none.")
 @click.option("--model", help="A model of the provider.")
 @click.option("--dimension", type=int, help="Numbers per vector.")
 @click.option("--cancel", is_flag=True, help="Call a change off.")

@@ -213,7 +213,7 @@ def _banner(settings: Settings, server: embedded.EmbeddedServer | None, access: 
         if getattr(settings, name) != getattr(default, name) and name not in shown_above
     ]
     lines = [
-        f"pgshelf {__version__}",
+        f"pgshelf {__version__}, starting",
         f"  API      {here}{settings.api_prefix}   (reference: {here}/schema, state: {here}/ready)",
         "  database "
         + (shown["database_url"] if server is None else f"PostgreSQL {server.version}, bundled, in {server.data_dir}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -14,7 +15,10 @@ from pgshelf.settings import Settings
 if TYPE_CHECKING:
     from pgshelf_client import Client
 
-URL = click.option("--url", help="Of the service; this machine's by default, by PGSHELF_PORT and PGSHELF_API_PREFIX.")
+URL = click.option(
+    "--url",
+    help="Of the service; this machine's by default, by PGSHELF_PORT and PGSHELF_API_PREFIX. Key: PGSHELF_API_KEY.",
+)
 
 
 class Failure(click.ClickException):
@@ -28,16 +32,32 @@ class Failure(click.ClickException):
 @contextlib.contextmanager
 def connected(settings: Settings, url: str | None, retries: int = 3) -> Iterator[Client]:
     """A client of the running service; what goes wrong with it ends the command."""
-    from pgshelf_client import Client, ConnectionFailed, PgshelfError
+    from pgshelf_client import Client, ConnectionFailed, PgshelfError, Unauthorized
 
     address = url or f"http://127.0.0.1:{settings.port}"
     try:
-        with Client(address, api_prefix=settings.api_prefix, api_key=settings.api_key, retries=retries) as client:
+        _check_address(address)
+        client = Client(address, api_prefix=settings.api_prefix, api_key=settings.api_key, retries=retries)
+    except ValueError as error:
+        raise Failure(f"--url {address!r} is no address such as http://127.0.0.1:8432: {error}") from None
+    try:
+        with client:
             yield client
     except ConnectionFailed as error:
         raise Failure(f"{error}. Is pgshelf serve running there? Say where with --url, or PGSHELF_PORT.") from None
+    except Unauthorized as error:
+        raise Failure(f"{error}. Set PGSHELF_API_KEY.") from None
     except (PgshelfError, TimeoutError) as error:
         raise Failure(str(error)) from None
+
+
+def _check_address(address: str) -> None:
+    """ValueError where one would only show itself when it is called."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it begins with http:// or https://, and a host follows")
+    parts.hostname.encode("idna")
+    parts.port  # noqa: B018 - reading it is what checks it
 
 
 def json_object(_: click.Context, option: click.Parameter, value: str | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import psycopg
@@ -25,7 +26,9 @@ def check_address(settings: Settings) -> str:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
     except OSError as error:
-        raise Failure(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose --port.") from None
+        elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        todo = "Choose --host." if elsewhere else "Choose --port."
+        raise Failure(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. {todo}") from None
     return str(where[0])
 
 

@@ -159,7 +159,8 @@ class Rates:
             share.closed_until = time.monotonic() + max(wait, AGAIN)
 
     def _refused(self, kind: Kind, quota: Quota, wait: int) -> Problem:
-        detail = f"At most {quota.requests} requests of the class {kind!r} in {quota.window} seconds. Try again later."
+        window = "a second" if quota.window == 1 else f"{quota.window} seconds"
+        detail = f"At most {quota.requests} requests of the class {kind!r} in {window}. Try again later."
         return Problem("rate_limited", detail, retry_after=wait, headers=_headers(kind, quota, 0, wait))
 
     @contextmanager

@@ -70,6 +70,13 @@ def test_every_operation_has_a_class() -> None:
     }
 
 
+async def test_a_second_is_called_one(database_url: str, make_settings: MakeSettings, make_client: MakeClient) -> None:
+    client = await make_client(make_settings(database_url, rate_limit_search="1/s"))
+    answers = [await client.get(SHELF) for _ in range(5)]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert "At most 1 requests of the class 'search' in a second." in problem(refused, 429, "rate_limited")["detail"]
+
+
 async def test_a_quota_is_kept_and_told(
     database_url: str, make_settings: MakeSettings, make_client: MakeClient
 ) -> None:
