@@ -188,11 +188,12 @@ class Like(TypedDict, total=False):
 
 
 class Fusion(TypedDict, total=False):
-    """How a hybrid search fuses; `weights` are of the vectors and of the words."""
+    """How a hybrid search fuses; `weights` are of the vectors and of the words, of which each ranks `candidates`."""
 
     method: FusionMethod
     k: int
     weights: Sequence[float]
+    candidates: int | None
 
 
 Mmr = TypedDict("Mmr", {"lambda": float, "candidates": int | None}, total=False)

@@ -58,6 +58,10 @@ class Fusion(msgspec.Struct, forbid_unknown_fields=True):
         Annotated[list[Annotated[float, Meta(ge=0, le=1e6)]], Meta(min_length=2, max_length=2)],
         Meta(description="Of the vector side and of the words; not both zero.", extra_json_schema={"default": [1, 1]}),
     ] = msgspec.field(default_factory=lambda: [1.0, 1.0])
+    candidates: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
+        Meta(description="How many of each side are ranked; if absent 50, and more behind the fiftieth hit."),
+    ] = None
 
 
 class Mmr(msgspec.Struct, forbid_unknown_fields=True, rename={"weight": "lambda"}):
@@ -68,7 +72,7 @@ class Mmr(msgspec.Struct, forbid_unknown_fields=True, rename={"weight": "lambda"
     ] = 0.5
     candidates: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
-        Meta(description="How many of the best hits are chosen from; five times as many as are wanted if absent."),
+        Meta(description="How many of the best hits are chosen from; if absent 50, and 250 for more than ten hits."),
     ] = None
 
 
@@ -245,7 +249,7 @@ CALLS: dict[str, str] = {
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
     "hybrid": """pgshelf.search_hybrid(pgshelf.embedded_by(%s, %s), %s, %b, k => %s, "offset" => %s,
       max_distance => %s, min_score => %s, include => %s, filter => %s, exact => %s, ef_search => %s,
-      fusion => %s, fusion_k => %s, weights => %s,
+      fusion => %s, fusion_k => %s, weights => %s, candidates => %s,
       group_by => %s, group_size => %s, mmr_lambda => %s, mmr_candidates => %s)""",
 }
 # the state stands in one statement with the search, hence in one snapshot; where no answers are kept none is asked for;
@@ -442,7 +446,7 @@ def call(library: Any, data: Ranking, question: Question) -> tuple[str, list[Any
     bounds = [data.max_distance, data.min_score, include, question.filter, data.exact, data.ef_search]
     if question.mode == "vector":
         return CALLS["vector"], [library, question.embedder, question.vector, *window, *bounds, *grouping]
-    fused = [fusion.method, fusion.k, [float(weight) for weight in fusion.weights]]
+    fused = [fusion.method, fusion.k, [float(weight) for weight in fusion.weights], fusion.candidates]
     given = [library, question.embedder, question.query, question.vector, *window]
     return CALLS["hybrid"], [*given, *bounds, *fused, *grouping]
 

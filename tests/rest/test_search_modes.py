@@ -87,6 +87,13 @@ async def test_hybrid_is_the_fusion_of_both_sides(client: httpx2.AsyncClient) ->
     assert {hit["key"]: pytest.approx(hit["score"]) for hit in hits} == {key: score(key, 7, 0.5, 3) for key in near}
     words_only = await found(client, query=query, vector=vector, fusion={"method": "rrf", "weights": [0, 1]})
     assert keys(words_only)[: len(worded)] == worded
+    one_each = await found(client, query=query, vector=vector, k=1, fusion={"candidates": 1})
+    assert one_each[0]["score"] == pytest.approx(max((near[0] == worded[0]) / 61, 0) + 1 / 61)
+    problem(
+        await client.post(SEARCH, json={"query": query, "vector": vector, "fusion": {"candidates": 0}}),
+        400,
+        "validation_failed",
+    )
 
 
 async def test_weighted_fusion_adds_scores_of_zero_to_one(client: httpx2.AsyncClient) -> None:
