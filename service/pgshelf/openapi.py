@@ -113,6 +113,7 @@ def _optional(body: dict[str, Any]) -> None:
     if parts := content["schema"].pop("oneOf", None):
         content["schema"] = next(part for part in parts if "$ref" in part)
         body["required"] = False
+    if not body["required"]:
         body["description"] += " May be left out."
 
 

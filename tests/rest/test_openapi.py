@@ -200,6 +200,13 @@ def test_what_is_refused_is_said(described: Described) -> None:
     assert search["properties"]["offset"]["minimum"] == 0 and search["properties"]["k"]["minimum"] == 1
 
 
+def test_a_body_in_which_nothing_need_be_said_may_be_left_out(described: Described) -> None:
+    bodies = {name: item["requestBody"] for name, (*_, item) in operations(described).items() if "requestBody" in item}
+    assert {name for name, body in bodies.items() if not body["required"]} == {
+        "createToken", "rotateKey", "startBackup", "retryEmbeddings", "queryDocuments"
+    }  # fmt: skip
+
+
 def test_every_problem_is_documented(described: Described) -> None:
     statuses = set()
     for path, _, item in operations(described).values():
