@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 import psycopg
 from litestar.exceptions import HTTPException, SerializationException, ValidationException
 
@@ -181,8 +183,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, psycopg.Error):
         return _of_database(error)
     if isinstance(error, msgspec.ValidationError):
-        message, _, path = str(error).partition(" - at `")
-        return invalid(path.rstrip("`").removeprefix("$").removeprefix(".") or "body", message)
+        return problem_of_value(error)
     if isinstance(error, (msgspec.DecodeError, SerializationException)):
         return Problem("invalid_json", f"The body could not be decoded: {error}. Send JSON or MessagePack.")
     if isinstance(error, HTTPException):
@@ -192,6 +193,41 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, UnicodeError):
         return Problem("invalid_text", SILENT["invalid_text"])
     return Problem("internal_error", SILENT["internal_error"])
+
+
+def problem_of_value(error: msgspec.ValidationError, model: Any = None) -> Problem:
+    """What msgspec has against a value that should be a `model`; with that known, it says what could be chosen."""
+    message, _, path = str(error).partition(" - at `")
+    path = path.rstrip("`").removeprefix("$").removeprefix(".")
+    return invalid(path or "body", message + ("" if model is None else choices(message, model, path)))
+
+
+def choices(message: str, model: Any, path: str = "") -> str:
+    """What goes behind a message of msgspec that a value is not among those of a type, which it does not list."""
+    if not message.startswith("Invalid enum value"):
+        return ""
+    steps = re.findall(r"\[[^]]*\]|[^.\[]+", path)
+    found = [str(value) for value in _values(msgspec.inspect.type_info(model), steps)]
+    return "; choose " + " or ".join(filter(None, [", ".join(found[:-1]), found[-1]])) if found else ""
+
+
+def _values(kind: msgspec.inspect.Type, steps: list[str]) -> list[Any]:
+    """The values of the closed sets at a place; of a list those of its items."""
+    match kind:
+        case msgspec.inspect.LiteralType():
+            return list(kind.values)
+        case msgspec.inspect.Metadata():
+            return _values(kind.type, steps)
+        case msgspec.inspect.UnionType():
+            return [value for part in kind.types for value in _values(part, steps)]
+        case msgspec.inspect.ListType():
+            return _values(kind.item_type, steps[1:])
+        case msgspec.inspect.DictType():
+            return _values(kind.value_type, steps[1:])
+        case msgspec.inspect.StructType() if steps:
+            found = [field.type for field in kind.fields if field.encode_name == steps[0]]
+            return [value for part in found for value in _values(part, steps[1:])]
+    return []
 
 
 def _of_database(error: psycopg.Error) -> Problem:

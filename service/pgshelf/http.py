@@ -15,6 +15,7 @@ from litestar import Request, Response
 from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
 from litestar.enums import MediaType, ScopeType
+from litestar.exceptions import ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
 from litestar.response.streaming import ASGIStreamingResponse
@@ -23,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.database import Source
 from pgshelf.doubles import short_integers
-from pgshelf.errors import Problem, invalid, problem_of
+from pgshelf.errors import Problem, choices, invalid, problem_of, problem_of_value
 from pgshelf.settings import Settings
 from pgshelf.timing import stage
 
@@ -141,9 +142,11 @@ class Body(AbstractDTO[Any]):
 
 def decoded(content_type: str, body: bytes, model: type[T]) -> T:
     """A body as what a struct says of it."""
-    if _media_type(content_type) in MSGPACK_TYPES:
-        return msgspec.msgpack.decode(body, type=model)
-    return msgspec.json.decode(body, type=model)
+    decode = msgspec.msgpack.decode if _media_type(content_type) in MSGPACK_TYPES else msgspec.json.decode
+    try:
+        return decode(body, type=model)
+    except msgspec.ValidationError as error:
+        raise problem_of_value(error, model) from None
 
 
 class Answer(Response[T]):
@@ -190,6 +193,8 @@ class Duplex(Response[Any]):
 
 def render_problem(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemBody]:
     """The exception handler of the whole application."""
+    if isinstance(error, ValidationException):
+        _name_choices(request.route_handler, error)
     problem = problem_of(error)
     request_id = str(request.scope.get("pgshelf_request_id", ""))
     request.scope["pgshelf_problem"] = problem.code  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
@@ -209,6 +214,15 @@ def render_problem(request: Request[Any, Any, Any], error: Exception) -> Respons
         errors=[FieldError(**item) for item in problem.errors] if problem.errors else None,
     )
     return Response(body, status_code=problem.status, headers=problem.headers, media_type="application/problem+json")
+
+
+def _name_choices(handler: Any, error: ValidationException) -> None:
+    """Let what is said against parameters, of a handler or of what it depends on, say what could be chosen."""
+    models = [part.signature_model for part in (handler, *handler.resolve_dependencies().values())]
+    types = {field.name: field.type for model in models for field in msgspec.structs.fields(model)}
+    for found in error.extra or []:
+        if isinstance(found, dict) and found.get("key") in types:
+            found["message"] += choices(found["message"], types[found["key"]])
 
 
 def _media_type(header: str) -> str:

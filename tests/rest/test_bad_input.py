@@ -360,7 +360,34 @@ QUERIES: list[Case] = [
       for method, body in [("PUT", {"chunks": []}), ("PATCH", {"title": "x"}), ("DELETE", None)]),
 ]  # fmt: skip
 
-EVERY = [*VECTORS, *FORMS, *WRONG_TYPES, *TEXTS, *NULS, *NAMES, *LIBRARY_RULES, *EMBEDDERS, *SEARCHES, *QUERIES]
+CHOICES = [
+    post(LIBRARIES, {"name": "n", "metric": "foo"}, INVALID, "'foo'; choose cosine, inner_product, l1 or l2"),
+    post(LIBRARIES, {"name": "n", "attributes": {"a": "foo"}}, INVALID, "choose datetime, number or text"),
+    post(SEARCH, {"query": "q", "mode": "foo"}, INVALID, "mode: Invalid enum value 'foo'; choose hybrid"),
+    post(SEARCH, {"query": "q", "include": ["text", "foo"]}, INVALID, "choose document, embedding, highlight"),
+    post(SEARCH, {"query": "q", "fusion": {"method": "foo"}}, INVALID, "choose rrf or weighted"),
+    post(SEARCH, {"query": "q", "group_by": "foo"}, INVALID, "'foo'; choose document"),
+    post(f"{SEARCH}/batch", {"searches": [{"query": "q", "mode": "foo"}]}, INVALID, "choose hybrid, text or vector"),
+    post(SEARCH, packed({"query": "q", "mode": "foo"}), INVALID, "choose hybrid, text or vector"),
+    Case("PUT", f"{SHELF}/index", {"type": "foo"}, INVALID, "choose auto, flat, hnsw, ivfflat, kdtree or lsh"),
+    Case("GET", f"{SHELF}/chunks/{ID}?include=foo", None, INVALID, "include: Invalid enum value 'foo'; choose"),
+    Case("GET", "/v1/audit?outcome=foo", None, INVALID, "choose done or refused"),
+    Case("GET", LIBRARIES, None, INVALID, "choose eventual, session or strong", {"Pgshelf-Consistency": "foo"}),
+]  # fmt: skip
+
+EVERY = [
+    *VECTORS,
+    *FORMS,
+    *WRONG_TYPES,
+    *TEXTS,
+    *NULS,
+    *NAMES,
+    *LIBRARY_RULES,
+    *EMBEDDERS,
+    *SEARCHES,
+    *QUERIES,
+    *CHOICES,
+]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
