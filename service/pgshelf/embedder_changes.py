@@ -65,7 +65,7 @@ async def get_embedder(library: LibraryName, engine: Engine) -> EmbedderState:
 @put(
     "/libraries/{library:str}/embedder",
     responses={202: ResponseSpec(EmbedderState, generate_examples=False, description="Accepted")}
-    | problems(404, 409, 413, 415, 422),
+    | problems(404, 409, 413, 415, 422, 502),
     response_description="It is so already",
     summary="Change the embedder of a library",
     operation_id="putEmbedder",

@@ -207,6 +207,13 @@ def test_a_body_in_which_nothing_need_be_said_may_be_left_out(described: Describ
     }  # fmt: skip
 
 
+def test_whatever_may_ask_a_provider_may_fail_with_it(described: Described) -> None:
+    assert {name for name, (*_, item) in operations(described).items() if "502" in item["responses"]} == {
+        "createLibrary", "putEmbedder", "addDocument", "putDocument", "updateChunk", "search", "searchBatch",
+        "searchLibraries",
+    }  # fmt: skip
+
+
 def test_every_problem_is_documented(described: Described) -> None:
     statuses = set()
     for path, _, item in operations(described).values():
