@@ -27,6 +27,7 @@ from pgshelf.http import (
     DocumentName,
     Engine,
     IfMatch,
+    IfNoneMatch,
     LibraryName,
     Limit,
     Page,
@@ -34,6 +35,7 @@ from pgshelf.http import (
     Wait,
     as_id,
     cursor,
+    is_known,
     page_size,
     position,
     problems,
@@ -143,14 +145,20 @@ async def list_documents(
 
 @get(
     "/libraries/{library:str}/documents/{document:str}",
-    responses=problems(404),
+    responses={304: ResponseSpec(None, generate_examples=False, description="You have it as it is")} | problems(404),
     response_description="The document",
     summary="Get a document",
     operation_id="getDocument",
 )
-async def get_document(library: LibraryName, document: DocumentName, reader: Reader) -> Answer[Document]:
+async def get_document(
+    library: LibraryName, document: DocumentName, reader: Reader, if_none_match: IfNoneMatch = None
+) -> Answer[Document]:
     """Get a document by its key or id."""
-    return _answer(await database.retried(reader, lambda connection: _read(connection, library, document), single=True))
+    found = await database.retried(reader, lambda connection: _read(connection, library, document), single=True)
+    answer: Answer[Any] = _answer(found)
+    if is_known(answer.headers["ETag"], if_none_match):
+        answer.content, answer.status_code = None, 304
+    return answer
 
 
 @patch(
@@ -269,10 +277,16 @@ async def _read(connection: Connection, library: str, document: str) -> Document
 
 
 def _answer(document: Document, status: int = 200, library_path: str | None = None) -> Answer[Document]:
-    headers = {"ETag": f'"{document.version}"'}
+    headers = {"ETag": _etag(document)}
     if library_path is not None:
         headers["Location"] = f"{library_path}/documents/{document.id}"
     return Answer(document, status_code=status, headers=headers)
+
+
+def _etag(document: Document) -> str:
+    """The version; with the counts behind it that change without it, so that whoever has an ETag has all of it."""
+    waits = document.chunks.pending, document.chunks.failed
+    return f'"{document.version}-{waits[0]}-{waits[1]}"' if any(waits) else f'"{document.version}"'
 
 
 router = Router(

@@ -157,6 +157,7 @@ def cors(settings: Settings) -> CORSConfig | None:
             "Cache-Control",
             "Content-Type",
             "If-Match",
+            "If-None-Match",
             "Idempotency-Key",
             "X-Request-Id",
             consistency.LEVEL,

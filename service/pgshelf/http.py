@@ -39,6 +39,8 @@ ID = re.compile(
     r"([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})|\{[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\}", re.I
 )
 ANY_VERSION = -1
+VERSION = re.compile(r"([0-9]{1,18})(-[0-9]{1,18}-[0-9]{1,18})?")  # as documents.py makes them
+TAGS = re.compile(r'"[^"]*"')
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 NDJSON = "application/x-ndjson"
 
@@ -56,7 +58,15 @@ IfMatch = Annotated[
     HeaderParameter(
         name="If-Match",
         description='The ETag that the document must still have, such as "3".',
-        schema_extra={"pattern": r'^(\*|(W/)?"[0-9]{1,18}")$'},  # wanted_version says it better than a pattern can
+        # wanted_version says it better than a pattern can
+        schema_extra={"pattern": r'^(\*|(W/)?"[0-9]{1,18}(-[0-9]{1,18}-[0-9]{1,18})?")$'},
+    ),
+]
+IfNoneMatch = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-None-Match",
+        description="ETags that you have the document of, or `*`: if it still has one of them, the answer is 304.",
     ),
 ]
 
@@ -295,6 +305,12 @@ def wanted_version(if_match: str | None) -> int | None:
     if if_match.strip() == "*":
         return ANY_VERSION
     tag = if_match.strip().removeprefix("W/").strip('"')
-    if not re.fullmatch(r"[0-9]{1,18}", tag):
+    if not (found := VERSION.fullmatch(tag)):
         raise invalid("If-Match", 'is not an ETag of pgshelf, such as "3"')
-    return int(tag)
+    return int(found[1])
+
+
+def is_known(etag: str, if_none_match: str | None) -> bool:
+    """Whether an If-None-Match names an ETag, weak or not (RFC 9110, 13.1.2); what is no list of them names none."""
+    known = (if_none_match or "").strip()
+    return known == "*" or etag in TAGS.findall(known)

@@ -41,7 +41,7 @@ HEADERS = {
     "X-Request-Id": ("Yours, if you sent a usable one, else a new one.", "string"),
     "Server-Timing": ("Milliseconds spent per stage, and in total.", "string"),
     "Location": ("The address of what was written.", "string"),
-    "ETag": ("The version of the document, for If-Match.", "string"),
+    "ETag": ("The version of the document, for If-Match and If-None-Match.", "string"),
     "WWW-Authenticate": ("How to say who calls.", "string"),
     "Retry-After": ("Seconds to wait before trying again.", "integer"),
     "RateLimit-Policy": ("The quota: `q` requests in `w` seconds.", "string"),
@@ -95,7 +95,7 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             response["headers"] = {
                 name: {"description": HEADERS[name][0], "schema": {"type": HEADERS[name][1]}} for name in names
             }
-            if status == "204":
+            if status in ("204", "304"):
                 response.pop("content", None)  # Litestar's for Answer[None]: there is no body
             if operation["operationId"] == "listChanges" and status == "200":
                 page = response["content"]["application/json"]["schema"]

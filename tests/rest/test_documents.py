@@ -255,7 +255,7 @@ async def test_without_waiting_the_worker_makes_it_ready(client: httpx2.AsyncCli
         )
         made = ok(response, 202)
         assert made["status"] == "pending" and made["chunks"] == {"total": 1, "pending": 1, "failed": 0}
-        assert response.headers["etag"] == f'"{made["version"]}"'
+        assert response.headers["etag"] == f'"{made["version"]}-1-0"'
         path = response.headers["location"]
 
         async def ready(path: str = path) -> bool:
@@ -359,3 +359,36 @@ async def test_a_long_text_keeps_nobody_else_waiting(client: httpx2.AsyncClient)
         longest = max(longest, asyncio.get_running_loop().time() - started)
     assert ok(writing.result(), 201)["chunks"]["total"] > 50
     assert longest < 1
+
+
+async def test_whoever_has_a_document_as_it_is_does_not_get_it_again(client: httpx2.AsyncClient) -> None:
+    await library(client)
+    body = {"key": "k", "chunks": [{"text": "x", "embedding": [1, 0, 0]}]}
+    tag = (await client.post(DOCUMENTS, json=body)).headers["etag"]
+    path = f"{DOCUMENTS}/k"
+    for known in (tag, f"W/{tag}", f'"0", W/{tag} ,"9"', "*", f'"a,b",{tag}'):
+        response = await client.get(path, headers={"If-None-Match": known})
+        assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", tag), known
+        assert "content-type" not in response.headers
+    for other in ('"0"', 'W/"0"', tag.strip('"'), "", "nonsense", '"1'):
+        assert ok(await client.get(path, headers={"If-None-Match": other}))["key"] == "k", other
+    ok(await client.patch(path, json={"title": "T"}))
+    assert ok(await client.get(path, headers={"If-None-Match": tag}))["title"] == "T"
+    problem(await client.get(f"{path}2", headers={"If-None-Match": "*"}), 404, "document_not_found")
+
+
+async def test_a_document_that_has_got_its_vectors_is_another_one(client: httpx2.AsyncClient) -> None:
+    await local(client)
+    made = await client.post(f"{DOCUMENTS}?wait=false", json={"key": "k", "text": "VACUUM reclaims storage."})
+    path, tag = f"{DOCUMENTS}/k", made.headers["etag"]
+    assert (ok(made, 202)["status"], tag) == ("pending", '"1-1-0"')
+
+    async def embedded() -> bool:
+        response = await client.get(path, headers={"If-None-Match": tag})
+        return response.status_code == 200 and bool(ok(response)["status"] == "ready")
+
+    await until(embedded)
+    assert (await client.get(path)).headers["etag"] == '"1"'
+    changed = ok(await client.patch(path, json={"title": "T"}, headers={"If-Match": tag}))
+    assert changed["version"] == 2, "nobody else has changed it"
+    problem(await client.patch(path, json={"title": "U"}, headers={"If-Match": tag}), 409, "version_mismatch")
