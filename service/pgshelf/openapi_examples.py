@@ -141,7 +141,7 @@ BODIES: dict[type[msgspec.Struct], dict[str, Any]] = {
     PatchDocument: {"title": "VACUUM", "metadata": {"year": 2026, "draft": None}},
     PatchChunk: {"text": "VACUUM takes back what dead tuples occupy.", "metadata": {"reviewed": True}},
     SearchRequest: {
-        "query": 'how do I reclaim "disk space" -index',
+        "query": 'how do I reclaim "dead tuples" -index',
         "k": 3,
         "filter": {"year": {"$gte": 2020}, "$or": [{"$title": {"$ilike": "vac%"}}, {"chunk.page": 3}]},
         "include": ["text", "document", "highlight"],
