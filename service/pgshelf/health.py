@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import psycopg
-from litestar import Response, Router, get
+from litestar import Request, Response, Router, get
 from msgspec import Meta
 
-from pgshelf import __version__, database, schema
+from pgshelf import __version__, database, errors_page, schema
 from pgshelf.errors import Problem
 from pgshelf.http import Config, Reader, problems
 from pgshelf.settings import Settings
@@ -103,14 +103,16 @@ async def ready(reader: Reader, settings: Config) -> Ready:
 
 # not in the OpenAPI document, which lists the codes: it is what the `type` of a problem leads to
 @get("/errors", media_type="text/markdown", include_in_schema=False, operation_id="errors")
-async def errors() -> Response[bytes]:
-    """What each problem means, when it happens and what to do: docs/errors.md of this version."""
-    return Response(_errors_page())
+async def errors(request: Request[Any, Any, Any]) -> Response[str]:
+    """What each problem means, when it happens and what to do: docs/errors.md of this version, for browsers as HTML."""
+    wanted = "text/html" if "text/html" in request.headers.get("accept", "").lower() else "text/markdown"
+    return Response(_errors_page(wanted), media_type=wanted, headers={"Vary": "Accept"})
 
 
 @functools.cache
-def _errors_page() -> bytes:
-    return (schema.resource("docs") / "errors.md").read_bytes()
+def _errors_page(wanted: str) -> str:
+    text = (schema.resource("docs") / "errors.md").read_text(encoding="utf-8")
+    return errors_page.page(text) if wanted == "text/html" else text
 
 
 router = Router("/", route_handlers=[health, ready, errors], tags=["health"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from litestar import Request
+from litestar.exceptions import NotFoundException
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from pgshelf.access import RULES
@@ -67,6 +68,12 @@ class Reference(JsonRenderPlugin):
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         """The document, completed."""
         return super().render(request, completed(openapi_schema))
+
+
+def only_what_is_there(request: Request[Any, Any, Any]) -> None:
+    """Litestar has a page of its own for all else below /schema; ours is a problem."""
+    if "path" in request.path_params:
+        raise NotFoundException
 
 
 def completed(document: dict[str, Any]) -> dict[str, Any]:
