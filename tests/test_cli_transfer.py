@@ -197,7 +197,9 @@ def test_what_makes_no_sense_is_refused(run: Run, arguments: list[str], said: st
     ("arguments", "said"),
     [
         (["nothing.ndjson"], "pgshelf: nothing.ndjson: No such file or directory"),
-        (["a.txt"], "--format"),
+        (["a.log"], "--format"),
+        (["nothing.md"], "nothing.md: No such file"),
+        (["empty"], "holds no file that ends in .txt, .md, .html, .rst"),
         (["-", "--format", "parquet"], "pipe"),
         (["a.csv", "nothing.csv"], "nothing.csv: No such file"),
         (["a.csv", "--map", "x=text"], "has no column x"),
@@ -208,8 +210,46 @@ def test_a_file_that_cannot_be_read_ends_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text('text,embedding\nx,"[1,2,3]"\n')
+    (tmp_path / "empty").mkdir()
     result = run("import", "notes", *arguments, *VECTORS, status=1)
     assert said in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("pgshelf: ")
+
+
+def test_a_folder_of_texts_is_a_document_each(
+    run: Run, served: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("manual")
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "a.txt").write_text("Plain words.")
+    (folder / "b.md").write_text("---\ntags: x\n---\n\n```sh\n# no heading\n```\n\n## Vacuum ##\n\nDead rows.\n")
+    (folder / "deep" / "c.HTML").write_text(
+        "<html><head><title>Locks &amp; waits</title><style>p {}</style></head>"
+        "<body><h2>Rows</h2><p>One <b>waits</b>.</p>"
+    )
+    (folder / "deep" / "d.rst").write_text("======\nIndexes\n=======\n\nA tree.\n")
+    (folder / "e.md").write_bytes(b"caf\xe9")
+    (folder / "f.txt").write_text(" ")
+    (folder / "photo.png").write_bytes(b"\x89PNG")
+    (folder / ".git" / "g.txt").write_text("hidden")
+    result = run("import", "manual", "manual", "--create", "--embedder", "local", status=1)
+    assert "manual: 4 created, 0 replaced, 2 failed" in result.stdout
+    assert "e.md: is not UTF-8" in result.stderr and "'f.txt'" in result.stderr
+    with Client(served.url) as client:
+        found = {document.key: document for document in client.documents("manual")}
+        assert {key: (document.title, document.source) for key, document in found.items()} == {
+            "a.txt": ("a.txt", "manual/a.txt"),
+            "b.md": ("Vacuum", "manual/b.md"),
+            "deep/c.HTML": ("Locks & waits", "manual/deep/c.HTML"),
+            "deep/d.rst": ("Indexes", "manual/deep/d.rst"),
+        }
+        chunks = list(client.chunks("manual", found["deep/c.HTML"].id))
+        assert [chunk.text for chunk in chunks] == ["## Rows\n\nOne waits."]
+    assert "dealt with by an earlier run" in run("import", "manual", "manual", status=1).stdout
+    assert "1 created" in run("import", "notes", "manual/b.md", "--create", "--embedder", "local").stdout
+    with Client(served.url) as client:
+        assert [document.key for document in client.documents("notes")] == ["b.md"]
 
 
 def stored(database_url: str) -> list[int]:

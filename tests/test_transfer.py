@@ -48,7 +48,7 @@ def test_the_name_says_the_format(name: str, given: str | None, found: tuple[str
     assert format_of(name, given) == found
 
 
-@pytest.mark.parametrize(("name", "said"), [("a.txt", "--format"), ("a.gz", "--format"), ("a.parquet.gz", "packed")])
+@pytest.mark.parametrize(("name", "said"), [("a.log", "--format"), ("a.gz", "--format"), ("a.parquet.gz", "packed")])
 def test_a_name_that_does_not_say_it_is_refused(name: str, said: str) -> None:
     with pytest.raises(FileError, match=said):
         format_of(name, None)

@@ -16,6 +16,7 @@ from pgshelf.console import URL, Failure, connected, json_object, printable
 from pgshelf.settings import Settings
 
 if TYPE_CHECKING:
+    from pgshelf.text_files import Texts
     from pgshelf.transfer import Line, Row, Source
     from pgshelf_client import Client, ImportFailure, ImportProgress, ImportResult
 
@@ -38,7 +39,7 @@ FORMAT = click.option(
 
 @click.command("import")
 @click.argument("library")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE|FOLDER...")
 @FORMAT
 @click.option("--map", "names", multiple=True, metavar="COLUMN=FIELD", callback=_mapped, help="See above.")
 @click.option("--infer", is_flag=True, help="CSV: numbers, true and false in metadata are no text.")
@@ -78,9 +79,13 @@ def import_command(
     embedding (of the text), metadata and chunks (these three JSON) are the document's, all others become metadata.
     --map says otherwise: --map body=text --map id=key --map team=metadata.group --map notes= (left out).
 
+    Files that end in .txt, .md, .html or .rst are a document each, and of a folder all that are below it: the key is
+    the path from there, the title the first heading.
+
     The same command again goes on where an import ended, however that was, and imports nothing twice while the file
     stays as it is. Bad lines are listed and spoil no others; the exit status is 1 when there were some.
     """
+    from pgshelf.text_files import Texts, is_texts
     from pgshelf.transfer import Columns, FileError, Source
 
     if not create and (embedder or dimension or metric):
@@ -89,7 +94,10 @@ def import_command(
         raise click.UsageError("--delimiter is one character.")
     bad, options = Rejects(rejects, restart), {"wait": wait, "parallel": parallel}
     try:
-        sources = [Source(name, kind, Columns(names, infer), delimiter) for name in files]
+        sources = [
+            Texts(name) if kind is None and is_texts(name) else Source(name, kind, Columns(names, infer), delimiter)
+            for name in files
+        ]
         with connected(settings(), url) as client:  # says soon that nobody is there
             if create:
                 _create(client, library, embedder, dimension, metric)
@@ -117,10 +125,13 @@ def _create(client: Client, library: str, embedder: str | None, dimension: int |
         return  # it is there
 
 
-def _name(source: Source) -> str | None:
+def _name(source: Source | Texts) -> str | None:
     """The same as long as the file and what is made of it stay the same; what comes through a pipe has none."""
+    from pgshelf.text_files import Texts
     from pgshelf.transfer import STDIO, FileError, fingerprint
 
+    if isinstance(source, Texts):
+        return source.fingerprint()
     if source.name == STDIO:
         return None
     columns = source.columns
@@ -132,7 +143,7 @@ def _name(source: Source) -> str | None:
         raise FileError(f"{source.name}: {error.strerror}") from None
 
 
-def _import(client: Client, library: str, source: Source, bad: Rejects, **options: Any) -> None:
+def _import(client: Client, library: str, source: Source | Texts, bad: Rejects, **options: Any) -> None:
     from pgshelf.transfer import Rejected
 
     def documents() -> Iterator[Line | Row]:
@@ -211,7 +222,7 @@ class Rejects:
 
 
 @contextlib.contextmanager
-def _progress(source: Source) -> Iterator[Callable[[ImportProgress], None]]:
+def _progress(source: Source | Texts) -> Iterator[Callable[[ImportProgress], None]]:
     """A bar on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _lines_now_and_then(source)
@@ -230,7 +241,7 @@ def _progress(source: Source) -> Iterator[Callable[[ImportProgress], None]]:
         yield told
 
 
-def _lines_now_and_then(source: Source) -> Callable[[ImportProgress], None]:
+def _lines_now_and_then(source: Source | Texts) -> Callable[[ImportProgress], None]:
     last = time.monotonic()
 
     def told(progress: ImportProgress) -> None:

@@ -79,7 +79,10 @@ def format_of(name: str, given: str | None) -> tuple[str, bool]:
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     found = given or SUFFIXES.get(suffix) or ("ndjson" if name == STDIO else None)
     if found is None:
-        raise FileError(f"{name}: the name does not say whether it is NDJSON, CSV or Parquet; say so with --format")
+        raise FileError(
+            f"{name}: the name does not say whether it is NDJSON, CSV or Parquet; say so with --format."
+            " Texts end in .txt, .md, .html or .rst"
+        )
     if found == "parquet" and packed:
         raise FileError(f"{name}: Parquet is packed inside; leave the .gz out")
     return found, packed
