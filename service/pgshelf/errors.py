@@ -147,6 +147,10 @@ SILENT = {
     "key_exists": "There is a key of this name already. Choose another name, or rotate the one that is there.",
     "referenced": "A table of another application holds a foreign key to it. Delete or change that row first.",
 }
+COARSE = (
+    "A number of the vector is too large for the library's index, whose storage is halfvec: it keeps numbers up to "
+    "65,504. Scale the vectors, or choose the storage vector."
+)
 
 
 class Problem(Exception):
@@ -244,6 +248,8 @@ def _of_database(error: psycopg.Error) -> Problem:
         return Problem(
             code, f"A value is not allowed: it breaks the rule {error.diag.constraint_name}.", sqlstate=state
         )
+    if state == "22003" and "halfvec" in (error.diag.message_primary or ""):
+        return Problem("invalid_vector", COARSE, sqlstate=state)
     return problem_of_state(state, error.diag.message_primary, error.diag.message_hint, code)
 
 

@@ -186,3 +186,16 @@ async def test_a_deleted_library_has_no_index(quiet: httpx2.AsyncClient, setting
     problem(await quiet.get(INDEX), 404, "library_not_found")
     await library(quiet)
     assert ok(await quiet.get(INDEX))["wanted"] == {"type": "auto"}
+
+
+async def test_what_an_index_is_too_coarse_for_is_said(quiet: httpx2.AsyncClient, settings: Any) -> None:
+    await library(quiet, metric="l2")
+    await documents(quiet, 40)
+    ok(await quiet.put(INDEX, json={"type": "hnsw", "storage": "halfvec"}), 202)
+    await reconcile(settings)
+    search = at("libraries", "shelf", "search")
+    said = problem(await quiet.post(search, json={"vector": [1e6, 0, 0]}), 422, "invalid_vector")
+    assert "halfvec" in said["detail"]
+    assert len(ok(await quiet.post(search, json={"vector": [1e6, 0, 0], "exact": True}))["hits"]) == 10
+    far = {"key": "far", "chunks": [{"text": "far", "embedding": [1e6, 0, 0]}]}
+    problem(await quiet.post(at("libraries", "shelf", "documents"), json=far), 422, "invalid_vector")
