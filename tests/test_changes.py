@@ -155,7 +155,7 @@ async def test_the_worker_gives_positions_and_forgets_what_is_old(
     house.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await house
-    await engine.dispose()
+    await pools.close(engine)
 
 
 def test_the_feed_is_for_readers(sessions: list[Connection]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+import sqlalchemy
 from prometheus_client import REGISTRY
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import connections, embedding, embedding_cache, pools, providers, worker
 from pgshelf.embedders import Embedder, EmbedderFailed, EmbedderUnavailable, TextRefused, embedder_for
@@ -38,11 +38,11 @@ def settings(shared_database_url: str, make_settings: Callable[..., Settings], c
 
 
 @pytest.fixture
-async def engine(db: Connection, settings: Settings) -> AsyncIterator[AsyncEngine]:
+async def engine(db: Connection, settings: Settings) -> AsyncIterator[sqlalchemy.Engine]:
     made = pools.make_engine(settings, str(settings.database_url))
     yield made
     await providers.close()
-    await made.dispose()
+    await pools.close(made)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def counted() -> Counter[str]:
 
 
 async def test_many_texts_go_in_batches_and_equal_ones_once(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
 ) -> None:
     texts = [f"text {number % 300}" for number in range(450)]
     vectors = await embedding.vectors_of(engine, settings, embedder, texts, "document")
@@ -73,12 +73,12 @@ async def test_many_texts_go_in_batches_and_equal_ones_once(
         np.testing.assert_array_equal(vectors[place], (await embedder.embed([texts[place]], "document"))[0])
 
 
-async def test_no_texts_are_no_question(engine: AsyncEngine, settings: Settings, embedder: Embedder) -> None:
+async def test_no_texts_are_no_question(engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder) -> None:
     assert len(await embedding.vectors_of(engine, settings, embedder, [], "document")) == 0
 
 
 async def test_what_was_answered_once_is_not_asked_again(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
 ) -> None:
     first = await embedding.vectors_of(engine, settings, embedder, ["a", "b"], "document")
     before = counted()
@@ -89,7 +89,7 @@ async def test_what_was_answered_once_is_not_asked_again(
 
 
 async def test_everything_that_decides_a_vector_is_in_its_key(
-    engine: AsyncEngine, settings: Settings, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, cohere_server: CohereServer
 ) -> None:
     choices: list[dict[str, Any]] = [
         CHOICE,
@@ -106,7 +106,7 @@ async def test_everything_that_decides_a_vector_is_in_its_key(
 
 
 async def test_batches_that_came_are_kept_when_another_fails(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
 ) -> None:
     texts = [f"text {number}" for number in range(960)]
     cohere_server.fail(status(429, retry_after="60"))
@@ -120,7 +120,7 @@ async def test_batches_that_came_are_kept_when_another_fails(
 
 
 async def test_one_text_that_is_refused_is_found_among_the_others(
-    engine: AsyncEngine, settings: Settings, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, cohere_server: CohereServer
 ) -> None:
     embedder = embedder_for(settings, {**CHOICE, "truncate": "none"})
     texts = [f"text {number}" for number in range(96)]
@@ -138,7 +138,7 @@ async def test_one_text_that_is_refused_is_found_among_the_others(
 
 
 async def test_a_batch_that_is_only_too_large_is_halved(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
 ) -> None:
     cohere_server.fail(status(413, "too many tokens"))
     assert len(await embedding.vectors_of(engine, settings, embedder, ["a", "b", "c"], "document")) == 3
@@ -146,7 +146,7 @@ async def test_a_batch_that_is_only_too_large_is_halved(
 
 
 async def test_a_provider_that_refuses_everything_blames_no_text(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, cohere_server: CohereServer
 ) -> None:
     cohere_server.fail(*[status(400, "no such option")] * 2)
     with pytest.raises(EmbedderFailed, match="no such option") as caught:
@@ -156,7 +156,7 @@ async def test_a_provider_that_refuses_everything_blames_no_text(
 
 
 async def test_a_cache_that_breaks_fails_nothing(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     settings: Settings,
     embedder: Embedder,
     cohere_server: CohereServer,
@@ -174,14 +174,14 @@ async def test_a_cache_that_breaks_fails_nothing(
 
 
 async def test_a_standby_reads_the_cache_and_leaves_it_as_it_is(
-    settings: Settings, embedder: Embedder, cohere_server: CohereServer, db: Connection, engine: AsyncEngine
+    settings: Settings, embedder: Embedder, cohere_server: CohereServer, db: Connection, engine: sqlalchemy.Engine
 ) -> None:
     await embedding.vectors_of(engine, settings, embedder, ["a"], "query")
     db.execute("update pgshelf.embedding_cache set used_at = now() - interval '2 days'")
     read_only = "-c default_transaction_read_only=on"
     standby = pools.make_engine(settings, connections.dsn(str(settings.database_url), options=read_only))
     await embedding.vectors_of(standby, settings, embedder, ["a", "b"], "query")
-    await standby.dispose()
+    await pools.close(standby)
     assert [asked.body["texts"] for asked in cohere_server.asked] == [["a"], ["b"]]
     assert db.execute(
         "select count(*), min(used_at) < now() - interval '1 day' from pgshelf.embedding_cache"
@@ -192,7 +192,7 @@ async def test_a_standby_reads_the_cache_and_leaves_it_as_it_is(
 
 
 async def test_a_hit_is_written_down_once_an_hour(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, db: Connection
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, db: Connection
 ) -> None:
     where = "select xmin::text, used_at from pgshelf.embedding_cache"
     await embedding.vectors_of(engine, settings, embedder, ["a"], "query")
@@ -206,7 +206,7 @@ async def test_a_hit_is_written_down_once_an_hour(
 
 
 async def test_the_least_recently_used_go(
-    engine: AsyncEngine, settings: Settings, db: Connection, monkeypatch: pytest.MonkeyPatch
+    engine: sqlalchemy.Engine, settings: Settings, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding_cache, "EVICT_AT_ONCE", 4)
     db.execute(
@@ -227,7 +227,7 @@ async def test_the_least_recently_used_go(
     assert db.execute("select count(*) from pgshelf.embedding_cache").fetchone() == (4,)
 
 
-async def test_two_evict_one_after_the_other(engine: AsyncEngine, db: Connection) -> None:
+async def test_two_evict_one_after_the_other(engine: sqlalchemy.Engine, db: Connection) -> None:
     db.execute("insert into pgshelf.embedding_cache select int4send(n), 'p', 'm', '[1]' from generate_series(1, 9) n")
     with psycopg.connect(db.info.dsn, password=db.info.password or None) as other:
         assert other.execute("select pgshelf.evict_embeddings(3, 2)").fetchone() == (2,)
@@ -236,7 +236,7 @@ async def test_two_evict_one_after_the_other(engine: AsyncEngine, db: Connection
 
 
 async def test_lookups_and_writers_of_the_same_texts_never_wait_in_a_circle(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, db: Connection
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, db: Connection
 ) -> None:
     texts = [f"text {number}" for number in range(40)]
     made = dict(zip(texts, np.ones((40, 256), dtype=np.float32), strict=True))
@@ -253,7 +253,7 @@ async def test_lookups_and_writers_of_the_same_texts_never_wait_in_a_circle(
 
 
 async def test_what_is_cheaper_than_a_lookup_is_not_remembered(
-    engine: AsyncEngine, settings: Settings, db: Connection, cohere_server: CohereServer
+    engine: sqlalchemy.Engine, settings: Settings, db: Connection, cohere_server: CohereServer
 ) -> None:
     await embedding.vectors_of(engine, settings, LocalEmbedder(), ["a"], "query")
     off = {name: getattr(settings, name) for name in settings.__struct_fields__} | {"embedding_cache_rows": 0}

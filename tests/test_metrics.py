@@ -193,7 +193,7 @@ async def test_an_index_that_lost_links_is_seen(
         assert recall - before[3] < compared - before[2]
         assert "did not find themselves in the index" in caplog.text
     finally:
-        await engine.dispose()
+        await pools.close(engine)
 
 
 async def test_calls_of_providers_and_their_circuits_are_counted(

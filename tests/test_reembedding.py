@@ -161,7 +161,7 @@ async def engine_of(settings: Settings) -> AsyncIterator[Any]:
     try:
         yield engine
     finally:
-        await engine.dispose()
+        await pools.close(engine)
 
 
 async def carry_out(settings: Settings, step: sessions.Step | None = None, pace: sessions.Pace = PACE) -> list[str]:

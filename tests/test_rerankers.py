@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import providers
 from pgshelf.errors import CODES, Problem, problem_of
@@ -313,7 +313,7 @@ async def test_connections_are_kept_between_searches(
     assert cohere_server.connections == opened + 1
 
 
-def engine() -> AsyncEngine:
+def engine() -> sqlalchemy.Engine:
     """A pool that opens no connection: circuits belong to one."""
     return make_engine(Settings(), "postgresql://127.0.0.1:1/nowhere")
 

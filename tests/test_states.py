@@ -197,4 +197,4 @@ async def test_the_worker_joins_marks_now_and_then(
             assert await query_cache.join_marks(engine, settings) is False
             assert one(db, MARKS) == expected  # the second time it is not due yet
     finally:
-        await engine.dispose()
+        await pools.close(engine)

@@ -16,8 +16,8 @@ import httpx2
 import numpy as np
 import psycopg
 import pytest
+import sqlalchemy
 from numpy.typing import NDArray
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import batches, database, embedding, pools, worker
 from pgshelf.batches import Batches
@@ -86,7 +86,7 @@ def db(database_url: str) -> Iterator[Connection]:
         yield connection
 
 
-MakeEngine = Callable[..., AsyncEngine]
+MakeEngine = Callable[..., sqlalchemy.Engine]
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def quiet(make_settings: Callable[..., Settings], database_url: str) -> Settings
 
 
 @pytest.fixture
-async def engine(quiet: Settings, database_url: str) -> AsyncIterator[AsyncEngine]:
+async def engine(quiet: Settings, database_url: str) -> AsyncIterator[sqlalchemy.Engine]:
     made = pools.make_engine(quiet, database_url)
     yield made
-    await made.dispose()
+    await pools.close(made)
 
 
 def make_library(db: Connection, name: str = "notes", provider: str = "local", dimension: int = DIMENSION) -> UUID:
@@ -169,7 +169,7 @@ async def test_texts_put_in_sql_can_be_searched_soon(
 
 
 async def test_a_document_that_does_not_wait_is_accepted_and_becomes_ready(
-    quiet: Settings, engine: AsyncEngine, make_client: Any, fake: Fake, db: Connection
+    quiet: Settings, engine: sqlalchemy.Engine, make_client: Any, fake: Fake, db: Connection
 ) -> None:
     make_library(db)
     client: httpx2.AsyncClient = await make_client(quiet)
@@ -201,7 +201,7 @@ async def test_no_reconciler_runs_where_it_is_switched_off(
 
 
 async def test_a_batch_holds_chunks_of_one_library_and_no_more_than_the_setting(
-    db: Connection, engine: AsyncEngine, quiet: Settings, make_settings: Callable[..., Settings], fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, make_settings: Callable[..., Settings], fake: Fake
 ) -> None:
     small = make_settings(quiet.database_url, embed_batch=2)
     for library in ("notes", "diary"):
@@ -218,7 +218,7 @@ async def test_a_batch_holds_chunks_of_one_library_and_no_more_than_the_setting(
 
 
 async def test_one_refused_text_spoils_no_other(
-    db: Connection, engine: AsyncEngine, quiet: Settings, make_client: Any, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, make_client: Any, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one", "bad", "two"])
@@ -245,7 +245,7 @@ async def test_one_refused_text_spoils_no_other(
 
 
 async def test_a_refused_chunk_is_tried_again_when_its_text_changes(
-    db: Connection, engine: AsyncEngine, quiet: Settings, make_client: Any, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, make_client: Any, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["bad"])
@@ -260,7 +260,7 @@ async def test_a_refused_chunk_is_tried_again_when_its_text_changes(
 
 
 async def test_failures_are_retried_with_growing_waits_and_then_given_up(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -281,7 +281,7 @@ async def test_failures_are_retried_with_growing_waits_and_then_given_up(
 
 
 async def test_a_provider_says_when_to_come_back(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one", "two"])
@@ -298,7 +298,7 @@ async def test_a_provider_says_when_to_come_back(
 
 
 async def test_a_provider_that_is_away_for_long_costs_no_chunk(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     patient = make_settings(quiet.database_url, worker_attempts=2, circuit_failures=100)
     make_library(db)
@@ -314,7 +314,7 @@ async def test_a_provider_that_is_away_for_long_costs_no_chunk(
 
 
 async def test_a_provider_that_fails_for_everybody_is_left_alone_and_no_chunk_is_given_up(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     hasty = make_settings(quiet.database_url, worker_attempts=3, circuit_failures=2, circuit_wait=0.6)
     make_library(db)
@@ -334,7 +334,7 @@ async def test_a_provider_that_fails_for_everybody_is_left_alone_and_no_chunk_is
 
 
 async def test_of_a_batch_that_fails_in_the_end_only_the_text_at_fault_is_given_up(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     patient = make_settings(quiet.database_url, worker_attempts=4, circuit_failures=100, embed_batch=16)
     make_library(db)
@@ -348,7 +348,7 @@ async def test_of_a_batch_that_fails_in_the_end_only_the_text_at_fault_is_given_
 
 
 async def test_a_new_chunk_is_not_given_up_for_its_neighbours_attempts(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "old", ["one"])
@@ -365,7 +365,7 @@ async def test_a_new_chunk_is_not_given_up_for_its_neighbours_attempts(
 
 
 async def test_a_library_whose_embedder_this_server_lacks_says_so(
-    db: Connection, engine: AsyncEngine, quiet: Settings
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings
 ) -> None:
     make_library(db, provider="elsewhere")
     put(db, "a", ["one"])
@@ -377,7 +377,7 @@ async def test_a_library_whose_embedder_this_server_lacks_says_so(
 
 
 async def test_vectors_that_the_database_refuses_are_a_failure_with_a_reason(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -389,7 +389,7 @@ async def test_vectors_that_the_database_refuses_are_a_failure_with_a_reason(
 
 
 async def test_an_embedder_that_breaks_in_an_unforeseen_way_stops_nothing_else(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, caplog: pytest.LogCaptureFixture
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -413,7 +413,7 @@ def give_up(db: Connection) -> None:
 
 
 async def test_what_was_given_up_is_tried_again_when_somebody_says_so(
-    db: Connection, engine: AsyncEngine, quiet: Settings, make_client: Any, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, make_client: Any, fake: Fake
 ) -> None:
     make_library(db)
     make_library(db, "other")
@@ -457,7 +457,7 @@ async def test_trying_again_refuses_what_it_cannot_mean(
 
 
 async def test_the_claim_of_a_dead_worker_is_taken_again_after_its_lease(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one", "two"])
@@ -475,7 +475,7 @@ async def test_the_claim_of_a_dead_worker_is_taken_again_after_its_lease(
 
 
 async def test_a_worker_that_is_killed_while_embedding_loses_nothing(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -492,7 +492,9 @@ async def test_a_worker_that_is_killed_while_embedding_loses_nothing(
     assert statuses(db) == {"one": "ready"}
 
 
-async def during_embedding(engine: AsyncEngine, settings: Settings, fake: Fake, change: Callable[[], Any]) -> None:
+async def during_embedding(
+    engine: sqlalchemy.Engine, settings: Settings, fake: Fake, change: Callable[[], Any]
+) -> None:
     """One round, with a change between claim and store."""
     fake.answers.clear()
     task = asyncio.create_task(worker.reconcile(engine, settings))
@@ -509,7 +511,7 @@ def patch(db: Connection, old: str, new: str) -> None:
 
 
 async def test_a_text_that_changes_while_it_is_embedded_gets_its_own_vector(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["old", "same"])
@@ -520,7 +522,7 @@ async def test_a_text_that_changes_while_it_is_embedded_gets_its_own_vector(
 
 
 async def test_a_vector_that_came_meanwhile_is_kept(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     document = put(db, "a", ["one"])
@@ -530,7 +532,7 @@ async def test_a_vector_that_came_meanwhile_is_kept(
 
 
 async def test_the_refusal_of_an_old_text_is_no_refusal_of_the_new_one(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["bad"])
@@ -542,7 +544,7 @@ async def test_the_refusal_of_an_old_text_is_no_refusal_of_the_new_one(
 
 
 async def test_vectors_of_an_embedder_that_is_replaced_meanwhile_are_made_anew_at_once(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -555,7 +557,7 @@ async def test_vectors_of_an_embedder_that_is_replaced_meanwhile_are_made_anew_a
 
 
 async def test_a_document_deleted_while_it_is_embedded_stays_gone(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -565,7 +567,7 @@ async def test_a_document_deleted_while_it_is_embedded_stays_gone(
 
 
 async def test_a_library_deleted_while_it_is_embedded_is_no_trouble(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, caplog: pytest.LogCaptureFixture
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -587,7 +589,7 @@ async def test_several_workers_embed_each_chunk_once(
     async with AsyncExitStack() as stack:
         for _ in range(4):
             engine = pools.make_engine(small, str(small.database_url))
-            stack.push_async_callback(engine.dispose)
+            stack.push_async_callback(pools.close, engine)
             await stack.enter_async_context(worker.running(engine, small))
         await until(lambda: waiting(db) == [], "all embedded")
     assert fake.texts == {f"{number}.{chunk}": 1 for number in range(40) for chunk in range(5)}
@@ -598,7 +600,7 @@ async def test_several_workers_embed_each_chunk_once(
 
 
 async def test_what_a_deleted_library_left_is_reaped(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     make_library(db, "kept")
@@ -624,7 +626,7 @@ async def referenced(db: Connection, document: UUID) -> AsyncIterator[None]:
 
 
 async def test_a_reaping_that_a_reference_blocks_stops_neither_embedding_nor_other_reaping(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db, "blocked")
     document = put(db, "a", ["referenced"], "blocked")
@@ -651,7 +653,7 @@ async def test_a_reaping_that_a_reference_blocks_stops_neither_embedding_nor_oth
 
 
 async def test_the_chunk_that_waited_longest_comes_first(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db, "busy")
     make_library(db, "patient")
@@ -696,7 +698,7 @@ async def test_the_reconciler_outlives_the_loss_of_its_database(
 
 async def test_ending_gives_back_what_is_not_done(
     db: Connection,
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     make_settings: Callable[..., Settings],
     quiet: Settings,
     fake: Fake,
@@ -719,7 +721,7 @@ async def test_ending_gives_back_what_is_not_done(
 
 
 async def test_ending_lets_a_batch_end_that_soon_will(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -745,7 +747,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
 
 async def test_a_provider_that_hangs_delays_no_other(
     db: Connection,
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     make_settings: Callable[..., Settings],
     quiet: Settings,
     fakes: dict[str, Fake],
@@ -778,7 +780,7 @@ def make_library_name(db: Connection, name: str, provider: str) -> str:
 
 
 async def test_libraries_take_turns(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     make_library(db, "large")
     make_library(db, "small")
@@ -794,7 +796,7 @@ async def test_libraries_take_turns(
 
 
 async def test_a_long_list_of_turns_is_cut(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "REMEMBERED", 2)
     running = Batches(engine, quiet)
@@ -808,7 +810,7 @@ async def test_a_long_list_of_turns_is_cut(
 
 
 async def test_the_lease_of_a_slow_call_is_renewed(
-    db: Connection, engine: AsyncEngine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
+    db: Connection, engine: sqlalchemy.Engine, make_settings: Callable[..., Settings], quiet: Settings, fake: Fake
 ) -> None:
     short = make_settings(quiet.database_url, worker_lease=0.6, worker_enabled=False)
     make_library(db)
@@ -826,7 +828,7 @@ async def test_the_lease_of_a_slow_call_is_renewed(
 
 
 async def test_a_lease_is_renewed_only_where_nobody_is_in_the_way(
-    db: Connection, database_url: str, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, database_url: str, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["free"])
@@ -844,7 +846,7 @@ async def test_a_lease_is_renewed_only_where_nobody_is_in_the_way(
 
 
 async def test_vectors_wait_for_a_database_that_is_away(
-    db: Connection, postgres: Any, engine: AsyncEngine, quiet: Settings, fake: Fake
+    db: Connection, postgres: Any, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake
 ) -> None:
     make_library(db)
     put(db, "a", ["one"])
@@ -868,7 +870,7 @@ async def test_vectors_wait_for_a_database_that_is_away(
 
 
 async def test_vectors_that_nobody_can_store_are_not_kept_for_ever(
-    db: Connection, engine: AsyncEngine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
+    db: Connection, engine: sqlalchemy.Engine, quiet: Settings, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "STORE_PATIENCE", 0.3)
     make_library(db)

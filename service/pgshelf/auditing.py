@@ -9,8 +9,8 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
+import sqlalchemy
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
 from pgshelf.connections import Connection
@@ -103,7 +103,7 @@ class Refusals:
     it is killed, or when the database does not take it.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: sqlalchemy.Engine) -> None:
         self._engine = engine
         self._seen: dict[tuple[Any, ...], Entry] = {}
         self._writing: asyncio.Task[None] | None = None

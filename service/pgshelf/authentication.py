@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+import sqlalchemy
 
 from pgshelf import credentials, database, http
 from pgshelf.access import Principal, canonical
@@ -51,7 +51,7 @@ class Authenticator:
     `beside`, which answers, is closed by whoever gave it.
     """
 
-    def __init__(self, settings: Settings, engine: AsyncEngine, beside: Beside) -> None:
+    def __init__(self, settings: Settings, engine: sqlalchemy.Engine, beside: Beside) -> None:
         self._engine, self._beside = engine, beside
         self._issuer: Issuer | None = None
         if settings.jwt:

@@ -16,8 +16,8 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+import sqlalchemy
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, rounds
 from pgshelf.circuits import away, is_away
@@ -45,7 +45,7 @@ Claimed = tuple[Any, ...]  # a row of CLAIM
 class Batch:
     """Claimed chunks of one library, on their way to vectors; their lease is renewed for as long as that takes."""
 
-    def __init__(self, engine: AsyncEngine, settings: Settings, claimed: list[Claimed]) -> None:
+    def __init__(self, engine: sqlalchemy.Engine, settings: Settings, claimed: list[Claimed]) -> None:
         self.engine, self.settings = engine, settings
         self.library: UUID = claimed[0][0]
         self.choice: dict[str, Any] = claimed[0][1]
@@ -174,7 +174,7 @@ class Batches:
     circuit is open is passed over: its chunks stay as they are, however long that takes.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: Settings) -> None:
+    def __init__(self, engine: sqlalchemy.Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self._running: dict[asyncio.Task[None], Batch] = {}
         self._served: dict[UUID, None] = {}  # in the order of their last turn

@@ -8,9 +8,9 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+import sqlalchemy
 from msgspec import Meta
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
 from pgshelf.connections import Connection
@@ -67,7 +67,7 @@ class Item(msgspec.Struct):
 
 
 async def embed_new(
-    engine: AsyncEngine, settings: Settings, config: LibraryConfig, items: Sequence[Item]
+    engine: sqlalchemy.Engine, settings: Settings, config: LibraryConfig, items: Sequence[Item]
 ) -> Problem | None:
     """Embed the texts that neither bring a vector nor have one already; a text that has none refuses its document.
 

@@ -16,12 +16,12 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+import sqlalchemy
 from litestar import Request, Router, get
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, QueryParameter, SkipValidation
 from litestar.response import Stream
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import access, database
 from pgshelf.errors import Problem, invalid, problem_of
@@ -95,7 +95,7 @@ class Readers:
     They are asked for by polling: a NOTIFY in each writer's commit would make all commits wait for each other.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: Settings) -> None:
+    def __init__(self, engine: sqlalchemy.Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self.ended = False
         self.count = 0
@@ -249,14 +249,14 @@ async def list_changes(
 
 
 async def _look_again(
-    engine: AsyncEngine, library: str, library_id: UUID, position: int, size: int
+    engine: sqlalchemy.Engine, library: str, library_id: UUID, position: int, size: int
 ) -> tuple[list[Change], int]:
     """As `_read`, for one who has waited: the library may be gone."""
     await database.run(engine, START, library)
     return await _read(engine, library_id, position, size)
 
 
-async def _read(engine: AsyncEngine, library_id: UUID, after: int, size: int) -> tuple[list[Change], int]:
+async def _read(engine: sqlalchemy.Engine, library_id: UUID, after: int, size: int) -> tuple[list[Change], int]:
     """The changes behind a position, and the position that the last of them has."""
     rows = await database.run(engine, READ, library_id, after, size)
     return [_change(row, library_id) for row in rows], rows[-1][0] if rows else after

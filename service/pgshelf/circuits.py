@@ -8,8 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
+import sqlalchemy
 from prometheus_client import Counter, Gauge
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.breaker import Breaker, CircuitOpen
 from pgshelf.embedders import (
@@ -57,7 +57,7 @@ OPENED = Counter(
     "pgshelf_circuits_opened", "Times that a process began to leave an embedder or reranker alone.", ["provider"]
 )
 # by the pool of the application: one process may run several
-_circuits: WeakKeyDictionary[AsyncEngine, dict[Asked, Breaker]] = WeakKeyDictionary()
+_circuits: WeakKeyDictionary[sqlalchemy.Engine, dict[Asked, Breaker]] = WeakKeyDictionary()
 
 
 def embedder(asked: Embedder) -> Asked:
@@ -71,7 +71,7 @@ def reranker(asked: Reranker) -> Asked:
 
 
 @contextlib.contextmanager
-def guarded(engine: AsyncEngine, settings: Settings, asked: Asked) -> Iterator[None]:
+def guarded(engine: sqlalchemy.Engine, settings: Settings, asked: Asked) -> Iterator[None]:
     """Around a call of a provider, to note how it ends; while the circuit is open its `kind.away` is raised."""
     circuits = _circuits.setdefault(engine, {})
     if asked not in circuits:
@@ -106,7 +106,7 @@ def _made(settings: Settings, asked: Asked) -> Breaker:
     return Breaker(name, settings.circuit_failures, settings.circuit_wait, changed=changed)
 
 
-def away(engine: AsyncEngine) -> list[dict[str, Any]]:
+def away(engine: sqlalchemy.Engine) -> list[dict[str, Any]]:
     """The embedders that are not to be asked now, as parts of what libraries say of theirs."""
     return [
         {"provider": asked.provider, "model": asked.model, "dimension": asked.dimension}
@@ -115,7 +115,7 @@ def away(engine: AsyncEngine) -> list[dict[str, Any]]:
     ]
 
 
-def is_away(engine: AsyncEngine, asked: Embedder) -> bool:
+def is_away(engine: sqlalchemy.Engine, asked: Embedder) -> bool:
     """Whether an embedder has been failing for everybody."""
     circuit = _circuits.get(engine, {}).get(embedder(asked))
     return circuit is not None and circuit.is_open

@@ -17,7 +17,6 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql.psycopg import dialect as psycopg_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -49,23 +48,23 @@ UNCONFIRMED = (
 class Reads(Protocol):
     """Where a request reads, if there are replicas: on one of them or on the primary; `retried` decides."""
 
-    primary: AsyncEngine
+    primary: sqlalchemy.Engine
 
     async def retried(self, work: Callable[[Connection], Awaitable[T]], *, single: bool = False) -> T:
         """Do `work`, which changes nothing, on a server that is fresh enough; on another one where that fails."""
 
 
-Source = AsyncEngine | Reads
+Source = sqlalchemy.Engine | Reads
 
 
-def primary(source: Source) -> AsyncEngine:
+def primary(source: Source) -> sqlalchemy.Engine:
     """Where one writes who reads there."""
-    return source if isinstance(source, AsyncEngine) else source.primary
+    return source if isinstance(source, sqlalchemy.Engine) else source.primary
 
 
 @asynccontextmanager
 async def transaction(
-    engine: AsyncEngine, *, single: bool = False, written: bool = False, snapshot: bool = False
+    engine: sqlalchemy.Engine, *, single: bool = False, written: bool = False, snapshot: bool = False
 ) -> AsyncIterator[Connection]:
     """A transaction on a connection of the pool; what the driver raises comes out as it is.
 
@@ -98,7 +97,7 @@ async def transaction(
 
 
 @asynccontextmanager
-async def _lent(engine: AsyncEngine, *, single: bool, snapshot: bool) -> AsyncIterator[Connection]:
+async def _lent(engine: sqlalchemy.Engine, *, single: bool, snapshot: bool) -> AsyncIterator[Connection]:
     """A connection of the pool, as the driver has it: SQLAlchemy's own takes as long as a short statement."""
     place = await greenlet_spawn(engine.pool.connect)
     connection = place.driver_connection
@@ -169,7 +168,7 @@ async def _note(connection: Connection, statement: bytes) -> None:
         positions[:] = [max([*positions, Position(connection.system % 2**64, int(row[0][:8], 16), row[1])])]
 
 
-async def note_position(engine: AsyncEngine) -> None:
+async def note_position(engine: sqlalchemy.Engine) -> None:
     """Note a position behind everything that is committed by now, for an answer that tells of an earlier write."""
     async with transaction(engine, single=True, written=True):
         pass
@@ -211,7 +210,7 @@ async def retried(
     source: Source, work: Callable[[Connection], Awaitable[T]], *, single: bool = False, written: bool = False
 ) -> T:
     """Do `work` in a transaction; after a deadlock, a serialization failure or a stale connection in another one."""
-    if not isinstance(source, AsyncEngine):
+    if not isinstance(source, sqlalchemy.Engine):
         return await source.retried(work, single=single)
     for attempt in range(RETRIES):
         try:

@@ -9,12 +9,12 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+import sqlalchemy
 from litestar import Router, delete, get, patch, post, put
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, limits
 from pgshelf.connections import Connection
@@ -221,7 +221,7 @@ WRITTEN_DOCUMENT = "(select coalesce(w.key, w.id::text) from w)"  # as the audit
 
 
 async def _write(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     once: Once,
     settings: Settings,
     library: str,

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import msgspec
 import numpy as np
 import psycopg
+import sqlalchemy
 from pgvector import Vector
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import circuits, database, embedding_cache, providers
 from pgshelf.embedders import (
@@ -76,7 +76,7 @@ async def config_and_texts(
     return LibraryConfig(*config), frozenset(texts or ())
 
 
-_known: WeakKeyDictionary[AsyncEngine, dict[str, dict[str, Any]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[sqlalchemy.Engine, dict[str, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def known_embedders(source: database.Source) -> dict[str, dict[str, Any]]:
@@ -135,7 +135,7 @@ def _sentence(error: Exception) -> str:
 
 
 async def embed(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     settings: Settings,
     choice: Mapping[str, Any],
     texts: Sequence[str],
@@ -164,7 +164,7 @@ def problem_of(error: EmbedderError, paths: Sequence[str] = ()) -> Problem:
 
 
 async def vectors_of(
-    engine: AsyncEngine, settings: Settings, embedder: Embedder, texts: Sequence[str], kind: Kind
+    engine: sqlalchemy.Engine, settings: Settings, embedder: Embedder, texts: Sequence[str], kind: Kind
 ) -> NDArray[np.float32]:
     """The vectors of texts, one row each, out of the cache or from the provider, who is asked for equal texts once.
 
@@ -228,7 +228,7 @@ async def _in_parts(ask: Callable[[list[str]], Awaitable[None]], texts: list[str
 
 
 async def embed_for_writing(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     settings: Settings,
     config: LibraryConfig,
     texts: Sequence[str],
@@ -256,7 +256,9 @@ async def embed_for_writing(
         await asyncio.wait([later])
 
 
-async def _embed_next(engine: AsyncEngine, settings: Settings, config: LibraryConfig, texts: Sequence[str]) -> None:
+async def _embed_next(
+    engine: sqlalchemy.Engine, settings: Settings, config: LibraryConfig, texts: Sequence[str]
+) -> None:
     """Whatever goes wrong is left to the worker, which finds the texts without a vector."""
     if not texts:
         return
@@ -267,7 +269,7 @@ async def _embed_next(engine: AsyncEngine, settings: Settings, config: LibraryCo
         log.warning("embedding %d texts for the next embedder failed, left to the worker: %s", len(texts), error)
 
 
-async def store_next(engine: AsyncEngine, change: int | None, texts: Sequence[str], vectors: Any) -> bool:
+async def store_next(engine: sqlalchemy.Engine, change: int | None, texts: Sequence[str], vectors: Any) -> bool:
     """Keep vectors of an embedder that is to come; False when nobody wants it any more."""
     hashes = [change_hash(text) for text in texts]
     made = [Vector(vector) for vector in vectors]
@@ -286,7 +288,7 @@ def text_hash(text: str) -> str:
 
 
 async def store(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     library: UUID,
     choice: Mapping[str, Any],
     chunks: Sequence[UUID],

@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import msgspec
 import numpy as np
 import psycopg
+import sqlalchemy
 from pgvector import Vector
 from prometheus_client import Counter
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
 from pgshelf import database
@@ -53,7 +53,7 @@ def used(settings: Settings, embedder: Embedder) -> bool:
 
 
 async def look_up(
-    engine: AsyncEngine, embedder: Embedder, texts: Sequence[str], kind: Kind
+    engine: sqlalchemy.Engine, embedder: Embedder, texts: Sequence[str], kind: Kind
 ) -> dict[str, NDArray[np.float32]]:
     """The vectors of those texts that are remembered."""
     texts_of = dict(zip(keys_of(embedder, texts, kind), texts, strict=True))
@@ -70,7 +70,7 @@ async def look_up(
 
 
 async def remember(
-    engine: AsyncEngine, embedder: Embedder, made: Mapping[str, NDArray[np.float32]], kind: Kind
+    engine: sqlalchemy.Engine, embedder: Embedder, made: Mapping[str, NDArray[np.float32]], kind: Kind
 ) -> None:
     """Keep vectors for whoever asks for the same texts again."""
     keys, vectors = keys_of(embedder, list(made), kind), [Vector(row) for row in made.values()]
@@ -82,7 +82,7 @@ async def remember(
         log.warning("the embedding cache cannot be written: %s", error)
 
 
-async def evict(engine: AsyncEngine, settings: Settings) -> bool:
+async def evict(engine: sqlalchemy.Engine, settings: Settings) -> bool:
     """A step of the worker: forget the least recently used beyond PGSHELF_EMBEDDING_CACHE_ROWS. Is there more to do?"""
     now = time.monotonic()
     if now < _evicted.get(engine.pool, 0.0):

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 import msgspec
+import sqlalchemy
 from litestar import Request, Router, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import QueryParameter
 from litestar.response import Stream
 from sqlalchemy import QueuePool
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import access, database, filters
 from pgshelf.errors import Problem, invalid
@@ -75,11 +75,11 @@ def _filter(text: str | None, settings: Settings) -> Any:
 
 
 # How many exports each engine has open: clients that do not read must not take all connections from the others.
-_open: WeakKeyDictionary[AsyncEngine, int] = WeakKeyDictionary()
+_open: WeakKeyDictionary[sqlalchemy.Engine, int] = WeakKeyDictionary()
 
 
 @asynccontextmanager
-async def _one_of_half(engine: AsyncEngine) -> AsyncIterator[None]:
+async def _one_of_half(engine: sqlalchemy.Engine) -> AsyncIterator[None]:
     pool, now = engine.pool, _open.get(engine, 0)
     if isinstance(pool, QueuePool) and now >= max(1, pool.size() // 2):
         raise Problem("pool_exhausted", f"Exports use {now} connections already, half of this process's. Try later.")
@@ -91,7 +91,7 @@ async def _one_of_half(engine: AsyncEngine) -> AsyncIterator[None]:
 
 
 async def _lines(
-    engine: AsyncEngine, again: access.Again, library: str, condition: Any, embeddings: bool
+    engine: sqlalchemy.Engine, again: access.Again, library: str, condition: Any, embeddings: bool
 ) -> AsyncIterator[bytes]:
     """The export in pieces, while its key lasts; a slow client is waited for, as long as a transaction may idle."""
     async with _one_of_half(engine), database.transaction(engine, snapshot=True) as connection:

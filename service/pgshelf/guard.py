@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
+import sqlalchemy
 from litestar import Request
 from litestar.enums import ScopeType
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import auditing, bodies, connections, http, questions
 from pgshelf.access import OPEN, RULES, Principal, Rule
@@ -41,7 +41,7 @@ class Guard:
     def __init__(
         self,
         settings: Settings,
-        engine: AsyncEngine,
+        engine: sqlalchemy.Engine,
         url: str,
         beside: Beside | None = None,
         opening: connections.Opening = contextlib.nullcontext,

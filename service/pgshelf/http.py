@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import msgspec
+import sqlalchemy
 from litestar import Request, Response
 from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
@@ -20,7 +21,6 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, PathParameter, QueryParameter, SkipValidation
 from litestar.response.streaming import ASGIStreamingResponse
 from litestar.serialization import default_serializer, encode_msgpack
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf.database import Source
 from pgshelf.doubles import short_integers
@@ -44,7 +44,7 @@ TAGS = re.compile(r'"[^"]*"')
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 NDJSON = "application/x-ndjson"
 
-Engine = NamedDependency[SkipValidation[AsyncEngine]]
+Engine = NamedDependency[SkipValidation[sqlalchemy.Engine]]
 Reader = NamedDependency[SkipValidation[Source]]  # for what changes nothing: a replica may answer
 Config = NamedDependency[SkipValidation[Settings]]
 LibraryName = Annotated[str, PathParameter(description="Name or id of the library.")]

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import msgspec
 import psycopg
+import sqlalchemy
 from litestar import Request
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, SkipValidation
 from litestar.serialization import default_serializer
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import auditing, database
 from pgshelf.access import Caller, Principal
@@ -52,7 +52,12 @@ class Once:
     """
 
     def __init__(
-        self, engine: AsyncEngine, owner: str, key: str | None, request: bytes, entry: auditing.Entry | None = None
+        self,
+        engine: sqlalchemy.Engine,
+        owner: str,
+        key: str | None,
+        request: bytes,
+        entry: auditing.Entry | None = None,
     ) -> None:
         self.engine, self.owner, self.key, self.request, self.entry = engine, owner, key, request, entry
 

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import msgspec
 import psycopg
+import sqlalchemy
 from litestar import Request, Router, post
 from litestar.exceptions import InternalServerException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import access, bulk, consistency, database
 from pgshelf.connections import Connection
@@ -158,7 +158,7 @@ class Import:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: sqlalchemy.Engine,
         settings: Settings,
         library: LibraryConfig,
         name: str | None,

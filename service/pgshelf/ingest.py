@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
+import sqlalchemy
 from msgspec import Meta
 from pgvector import Vector
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, limits
 from pgshelf.chunking import split
@@ -95,7 +95,12 @@ WRITE = f"""select {COLUMNS}, w.created, w.pending from pgshelf.write_document(%
 
 
 async def prepare(
-    engine: AsyncEngine, settings: Settings, library: str, document_id: UUID | None, data: DocumentInput, wait: bool
+    engine: sqlalchemy.Engine,
+    settings: Settings,
+    library: str,
+    document_id: UUID | None,
+    data: DocumentInput,
+    wait: bool,
 ) -> Prepared:
     """Check a document, split its text and, with `wait`, embed what the library does not hold yet."""
     _check(data, document_id, settings)
@@ -164,7 +169,7 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
     return [chunk.text for chunk in given], vectors, metadata, paths
 
 
-async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared, known: Collection[str]) -> None:
+async def _embed_new(engine: sqlalchemy.Engine, settings: Settings, prepared: Prepared, known: Collection[str]) -> None:
     """Embed, before anything is written, the texts that the stored document does not hold already (`known`)."""
     config, texts, vectors = prepared.library, prepared.texts, prepared.vectors
     missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
@@ -178,7 +183,7 @@ async def _embed_new(engine: AsyncEngine, settings: Settings, prepared: Prepared
     prepared.made.update(missing)
 
 
-async def embed_pending(engine: AsyncEngine, settings: Settings, config: LibraryConfig, document_id: UUID) -> int:
+async def embed_pending(engine: sqlalchemy.Engine, settings: Settings, config: LibraryConfig, document_id: UUID) -> int:
     """Embed chunks that lost their vectors to another writer since `prepare` looked; returns how many were stored."""
 
     async def work() -> int:

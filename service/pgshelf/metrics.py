@@ -9,13 +9,13 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sqlalchemy
 from litestar import Response, Router, get
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client import generate_latest as exposition
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database
 from pgshelf.counts import Folder, everywhere
@@ -75,7 +75,7 @@ MEANINGS = {
 }
 
 
-def observe_pool(engine: AsyncEngine, size: int) -> None:
+def observe_pool(engine: sqlalchemy.Engine, size: int) -> None:
     """Count the connections of an engine's pool as they come, go, and are used."""
     POOL_SIZE.set(size)
     for state in ("open", "used"):

@@ -19,14 +19,15 @@ from psycopg.types import TypeInfo
 from psycopg.types.json import set_json_loads
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, Pool, QueuePool
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from pgshelf.connections import Opening, dsn, opened, serving_dsn
 from pgshelf.doubles import double, integer
 from pgshelf.settings import Settings
 
 DIALECT = "postgresql+psycopg://"
+ASYNC_DIALECT = "postgresql+psycopg_async://"
 RETURNS = 5.0  # seconds for connections to come back when a pool is closed
 IDLE = 30.0  # seconds after which a connection is asked whether it still works
 SYSTEM = "select system_identifier from pg_catalog.pg_control_system()"
@@ -60,7 +61,7 @@ def make_engine(
     *,
     owner: bool = False,
     cursor: type[psycopg.AsyncCursor[Any]] = psycopg.AsyncCursor,
-) -> AsyncEngine:
+) -> sqlalchemy.Engine:
     """The pool of a serving process. Custom plans always: a generic one would lock every shelf.
 
     With `owner`, its sessions become the owner of the tables if they may.
@@ -94,9 +95,13 @@ def make_engine(
             register_vector_info(connection, TypeInfo(*row))
         return connection
 
-    engine = create_async_engine(
-        DIALECT,
-        async_creator=open_connection,
+    def connect() -> Any:
+        return cast(Any, engine.dialect.dbapi).connect(async_creator_fn=open_connection)
+
+    # what SQLAlchemy's asyncio package would make, without that package, which imports the whole ORM
+    engine: sqlalchemy.Engine = sqlalchemy.create_engine(
+        ASYNC_DIALECT,
+        creator=connect,
         pool_size=settings.pool_size,
         max_overflow=0,
         pool_timeout=settings.pool_timeout,
@@ -118,7 +123,7 @@ def _decoded(text: str | bytes) -> Any:
         return json.loads(text, parse_int=integer, parse_float=double)
 
 
-def _ping_when_in_doubt(engine: AsyncEngine) -> None:
+def _ping_when_in_doubt(engine: sqlalchemy.Engine) -> None:
     """Ask a connection whether it works only where that is in doubt: it was idle, or the server has said something.
 
     Who ends a session says so, and the kernel closes its socket: a look at that takes a microsecond, a round trip is a
@@ -164,15 +169,15 @@ def _renew_when_stale(pool: Pool) -> None:
     event.listen(pool, "checkout", taken)
 
 
-async def close(engine: AsyncEngine) -> None:
+async def close(engine: sqlalchemy.Engine) -> None:
     """Close a pool. What was cancelled a moment ago gives its connection back first, or nobody would close that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RETURNS):
             while cast(QueuePool, engine.pool).checkedout():  # noqa: ASYNC110 - a pool has no event for it
                 await asyncio.sleep(0.01)
-    await engine.dispose()
+    await greenlet_spawn(engine.dispose)
 
 
-def renew(engine: AsyncEngine) -> None:
+def renew(engine: sqlalchemy.Engine) -> None:
     """Replace all connections of a pool, each when it is next taken."""
     _renewals[engine.pool] += 1

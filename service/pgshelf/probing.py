@@ -12,8 +12,8 @@ import time
 from weakref import WeakKeyDictionary
 
 import psycopg
+import sqlalchemy
 from prometheus_client import Counter
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
 from pgshelf import database
@@ -33,7 +33,7 @@ PROBE = "select * from pgshelf.probe_index(%s, %s, %s)"
 _due: WeakKeyDictionary[Pool, float] = WeakKeyDictionary()
 
 
-async def probe(engine: AsyncEngine, settings: Settings) -> bool:
+async def probe(engine: sqlalchemy.Engine, settings: Settings) -> bool:
     """A step of the worker: probe one library once in PGSHELF_RECALL_INTERVAL. There is never more to do at once."""
     now = time.monotonic()
     if settings.recall_interval == 0 or now < _due.setdefault(engine.pool, now + settings.recall_interval):

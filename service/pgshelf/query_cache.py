@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 import psycopg
+import sqlalchemy
 from litestar.enums import ScopeType
 from prometheus_client import Counter, Gauge
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
 from pgshelf import access, connections, consistency, database, questions
@@ -249,7 +249,7 @@ async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def join_marks(engine: AsyncEngine, _: Settings) -> bool:
+async def join_marks(engine: sqlalchemy.Engine, _: Settings) -> bool:
     """A step of the worker: keep it cheap to tell the state of a library that is written often."""
     now = time.monotonic()
     if now >= _joined.get(engine.pool, 0.0):

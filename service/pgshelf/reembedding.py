@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
-from sqlalchemy.ext.asyncio import AsyncEngine
+import sqlalchemy
 
 from pgshelf import database, moves, rounds
 from pgshelf.embedders import Embedder, EmbedderError, EmbedderUnavailable, TextRefused
@@ -48,7 +48,9 @@ where c.serial = %s and c.phase <> 'over'"""
 class Change:
     """One change of an embedder, looked after by this session. `step` is told each step when it is done: tests die."""
 
-    def __init__(self, engine: AsyncEngine, session: Session, settings: Settings, serial: int, step: Step) -> None:
+    def __init__(
+        self, engine: sqlalchemy.Engine, session: Session, settings: Settings, serial: int, step: Step
+    ) -> None:
         self.engine, self.session, self.settings, self.serial, self.step = engine, session, settings, serial, step
         self.choice: dict[str, Any] = {}
 
@@ -194,7 +196,7 @@ class Change:
 
 
 async def look_after(
-    engine: AsyncEngine,
+    engine: sqlalchemy.Engine,
     settings: Settings,
     serial: int,
     pace: Pace = UNHURRIED,
@@ -208,17 +210,17 @@ async def look_after(
                 await Change(engine, session, settings, serial, step).work()
 
 
-async def due(engine: AsyncEngine) -> list[int]:
+async def due(engine: sqlalchemy.Engine) -> list[int]:
     """The changes that nobody looks after and that shall go on now."""
     return [serial for (serial,) in await database.run(engine, DUE, CHANGE)]
 
 
-async def reap(engine: AsyncEngine) -> bool:
+async def reap(engine: sqlalchemy.Engine) -> bool:
     """Take away a batch of vectors that changes left behind. Was there something?"""
     return bool((await database.run(engine, "select pgshelf.reap_changes()"))[0][0])
 
 
-async def forever(engine: AsyncEngine, settings: Settings, pace: Pace = UNHURRIED) -> None:
+async def forever(engine: sqlalchemy.Engine, settings: Settings, pace: Pace = UNHURRIED) -> None:
     """Look after all changes until cancelled, each in a task of its own: none waits for another."""
     tasks: dict[int, asyncio.Task[None]] = {}
     pause = settings.worker_interval

@@ -10,10 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import psycopg
 import psycopg.conninfo
+import sqlalchemy
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, SkipValidation
 from prometheus_client import Counter
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import connections, database
 from pgshelf.connections import Connection
@@ -34,7 +34,7 @@ class Topology:
     def __init__(
         self,
         settings: Settings,
-        engine: AsyncEngine,
+        engine: sqlalchemy.Engine,
         url: str,
         replicas: Mapping[str, str],
         cursor: type[psycopg.AsyncCursor[Any]] = psycopg.AsyncCursor,

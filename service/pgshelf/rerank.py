@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
+import sqlalchemy
 from msgspec import Meta
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import circuits, providers
 from pgshelf.errors import Problem, invalid
@@ -60,7 +60,7 @@ def reach(settings: Settings, choice: RerankChoice, wanted: int) -> int:
 
 
 async def rerank(
-    engine: AsyncEngine, settings: Settings, choice: RerankChoice, query: str, texts: Sequence[str], top: int
+    engine: sqlalchemy.Engine, settings: Settings, choice: RerankChoice, query: str, texts: Sequence[str], top: int
 ) -> list[tuple[int, float]]:
     """The `top` texts most relevant to the query, best first, as (place in `texts`, relevance).
 

@@ -10,11 +10,11 @@ from uuid import UUID
 
 import msgspec
 import psycopg
+import sqlalchemy
 from msgspec import UNSET, Meta, UnsetType
 from pgvector import Vector
 from prometheus_client import Counter
 from psycopg.types.json import Jsonb
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import database, filters, limits
 from pgshelf.connections import Connection
@@ -370,7 +370,7 @@ def widened(data: Ranking, settings: Settings) -> Any:
     return wide
 
 
-async def reranked(engine: AsyncEngine, settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
+async def reranked(engine: sqlalchemy.Engine, settings: Settings, data: Ranking, hits: list[Hit]) -> list[Hit]:
     """What is wanted of hits, as many as `widened` asked for, in the reranker's order; their score is its relevance,
     which min_score then means."""
     choice, query, wanted = data.rerank, data.query or "", data.k + data.offset

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import msgspec
 import psycopg
+import sqlalchemy
 from prometheus_client import Counter, Gauge
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgshelf import connections, pools, questions
 from pgshelf.consistency import Position
@@ -189,7 +189,7 @@ class Server:
 class Primary(Server):
     """Whichever server takes writes now. Where the settings name none but standbys, it is one of these."""
 
-    def __init__(self, settings: Settings, url: str, engine: AsyncEngine) -> None:
+    def __init__(self, settings: Settings, url: str, engine: sqlalchemy.Engine) -> None:
         super().__init__("primary", settings, url)
         self.engine = engine
         self.beside = questions.Beside(settings, url, "auth", self.opening)
@@ -325,7 +325,7 @@ class Replica(Server):
         await pools.close(self.engine)
 
 
-def _open_connections(engine: AsyncEngine) -> set[connections.Connection]:
+def _open_connections(engine: sqlalchemy.Engine) -> set[connections.Connection]:
     """The connections of a pool, kept up to date."""
     found: set[connections.Connection] = set()
     event.listen(engine.pool, "connect", lambda _, record: found.add(record.driver_connection))

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy.ext.asyncio import AsyncEngine
+import sqlalchemy
 
 from pgshelf import (
     database,
@@ -39,10 +39,10 @@ PRUNE_KEYS = "select pgshelf.prune_idempotency_keys(%s)"
 FORGET_RATES = "select pgshelf.forget_rate_shares()"
 TIDY = 60.0  # seconds between two times
 UNTIL_OWNER = 60.0  # seconds until a role that may not build is asked again
-Step = Callable[[AsyncEngine, Settings], Awaitable[Any]]
+Step = Callable[[sqlalchemy.Engine, Settings], Awaitable[Any]]
 
 
-async def embed_pending(engine: AsyncEngine, settings: Settings) -> bool:
+async def embed_pending(engine: sqlalchemy.Engine, settings: Settings) -> bool:
     """Claim one batch of pending chunks, embed it, store it. Was there one?"""
     batch = await Batches(engine, settings).claim()
     if batch is not None:
@@ -50,12 +50,12 @@ async def embed_pending(engine: AsyncEngine, settings: Settings) -> bool:
     return batch is not None
 
 
-async def reap(engine: AsyncEngine, _: Settings) -> int:
+async def reap(engine: sqlalchemy.Engine, _: Settings) -> int:
     """Take away a batch of what deleted libraries left."""
     return int((await database.run(engine, "select pgshelf.reap_deleted()"))[0][0])
 
 
-async def fill_attributes(engine: AsyncEngine, _: Settings) -> bool:
+async def fill_attributes(engine: sqlalchemy.Engine, _: Settings) -> bool:
     """Bring declared attributes a batch of documents nearer to being ready."""
     return bool((await database.run(engine, "select pgshelf.fill_attributes()"))[0][0])
 
@@ -64,7 +64,7 @@ OTHERS: tuple[Step, ...] = (fill_attributes, reap, embedding_cache.evict, query_
 
 
 async def reconcile(
-    engine: AsyncEngine, settings: Settings, steps: Sequence[Step] = (embed_pending, *OTHERS)
+    engine: sqlalchemy.Engine, settings: Settings, steps: Sequence[Step] = (embed_pending, *OTHERS)
 ) -> bool | None:
     """One round of some steps. Was there something to do? None: a step failed, which keeps no other from running."""
     busy, failed = False, False
@@ -77,7 +77,7 @@ async def reconcile(
     return None if failed else busy
 
 
-async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
+async def _others_forever(engine: sqlalchemy.Engine, settings: Settings) -> None:
     pause = settings.worker_interval
     while True:
         busy = await reconcile(engine, settings, OTHERS)
@@ -88,7 +88,7 @@ async def _others_forever(engine: AsyncEngine, settings: Settings) -> None:
         await asyncio.sleep(around(pause))
 
 
-async def tidy(engine: AsyncEngine, settings: Settings) -> int:
+async def tidy(engine: sqlalchemy.Engine, settings: Settings) -> int:
     """Forget a batch of changes, stored answers, imports, audit rows and rates that are old enough; how many."""
     changes = await database.run(engine, PRUNE_CHANGES, timedelta(days=settings.changes_retention))
     answers = await database.run(engine, PRUNE_KEYS, timedelta(hours=settings.idempotency_retention))
@@ -98,7 +98,7 @@ async def tidy(engine: AsyncEngine, settings: Settings) -> int:
     return sum(int(forgotten[0][0]) for forgotten in (changes, answers, imports, audit, rates))
 
 
-async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
+async def _keep_house(engine: sqlalchemy.Engine, settings: Settings) -> None:
     """Give changes their positions, for those who read them in SQL, and tidy once a minute."""
     tidied = -TIDY
     busy: bool | None
@@ -117,7 +117,7 @@ async def _keep_house(engine: AsyncEngine, settings: Settings) -> None:
             await asyncio.sleep(settings.worker_interval * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
 
-async def _build(engine: AsyncEngine, settings: Settings) -> None:
+async def _build(engine: sqlalchemy.Engine, settings: Settings) -> None:
     """Do what it takes the owner of the tables for, as soon as this role may become it; that of a service need not."""
     while True:
         try:
@@ -132,7 +132,7 @@ async def _build(engine: AsyncEngine, settings: Settings) -> None:
     await asyncio.gather(shelves.forever(settings), reembedding.forever(engine, settings))
 
 
-async def _beat(engine: AsyncEngine, settings: Settings) -> None:
+async def _beat(engine: sqlalchemy.Engine, settings: Settings) -> None:
     """Let replicas know how late it is; the first of all processes in an interval does it."""
     while settings.heartbeat_interval:
         try:
@@ -155,7 +155,7 @@ async def alone(settings: Settings, stopped: asyncio.Event) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None]:
+async def running(engine: sqlalchemy.Engine, settings: Settings) -> AsyncIterator[None]:
     """Reconcile in the background while the block runs; building an index keeps no text from being embedded."""
     batches = Batches(engine, settings)
     others = _others_forever(engine, settings)

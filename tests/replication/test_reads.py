@@ -289,7 +289,7 @@ async def test_a_recovery_conflict_is_no_clients_business(cluster: Cluster, make
         counts = [await replicas.Routed(topology, None).retried(slowly) for _ in range(2)]
         churning.cancel()
         await asyncio.gather(churning, return_exceptions=True)
-    await engine.dispose()
+    await pools.close(engine)
     for node in cluster.standbys:
         node.set(max_standby_streaming_delay="30s")
     assert set(counts) <= {1000, 858, 1142}

@@ -16,7 +16,7 @@ import pytest_asyncio
 from psycopg import conninfo
 from psycopg.rows import dict_row
 
-from pgshelf import doctor, worker
+from pgshelf import doctor, pools, worker
 from pgshelf.app import create_app
 from pgshelf.pools import make_engine
 from pgshelf.settings import Settings
@@ -274,7 +274,7 @@ async def test_seconds_are_true_while_nobody_writes(primary: Primary, standby: S
     finally:
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
-        await engine.dispose()
+        await pools.close(engine)
 
 
 async def test_heartbeats_are_few_and_small(primary: Primary, standby: Standby) -> None:

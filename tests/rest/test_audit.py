@@ -234,7 +234,7 @@ async def test_refused_attempts_are_written_soon_and_hold_nobody_up(
         await refusals.close()
         assert "1 refused attempts were not recorded: division by zero" in caplog.text
     finally:
-        await engine.dispose()
+        await pools.close(engine)
 
 
 async def test_the_log_is_read_newest_first_and_by_what_it_tells(admin: httpx2.AsyncClient, database_url: str) -> None:
@@ -323,5 +323,5 @@ async def test_the_worker_forgets_what_is_old(database_url: str, make_settings: 
             owner.execute("select pgshelf.audit_role('grant.create', null, 'new')")
         assert await worker.tidy(engine, settings) == 1
     finally:
-        await engine.dispose()
+        await pools.close(engine)
     assert entries(database_url, "detail") == [("old",), ("new",)]

@@ -174,7 +174,7 @@ async def test_a_deleted_library_has_no_feed_and_leaves_none(quiet: httpx2.Async
         pass
     assert await database.run(engine, "select count(*) from pgshelf.change_log") == [(0,)]
     assert await database.run(engine, "select count(*) from pgshelf.libraries") == [(0,)]
-    await engine.dispose()
+    await pools.close(engine)
 
 
 async def test_waiting_ends_with_the_change(quiet: httpx2.AsyncClient) -> None:
@@ -326,4 +326,4 @@ async def test_a_quiet_stream_says_that_it_lives(
         await readers.wait(library_id, 0, 20)  # nobody waits any more
         assert [event async for event in events] in ([], [b": nothing yet\n\n"])
     assert readers.count == 0
-    await engine.dispose()
+    await pools.close(engine)

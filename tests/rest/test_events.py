@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from pgshelf import ingest, worker
+from pgshelf import database, ingest, pools, worker
 from pgshelf.pools import make_engine
 from tests.rest.asking import at, chunks, document, library, local, ok, problem
 
@@ -46,7 +46,7 @@ async def test_an_event_is_a_document_that_waits_for_the_worker(
     assert (found["status"], found["metadata"]) == ("pending", {"branch": "main"})
     engine = make_engine(settings, settings.database_url)
     assert await worker.embed_pending(engine, settings) == 1
-    await engine.dispose()
+    await pools.close(engine)
     hits = ok(await client.post(at("libraries", "shelf", "search"), json={"query": "disk full"}))["hits"]
     assert hits[0]["document_id"] == taken["document_id"]
 
@@ -141,9 +141,7 @@ async def test_a_deleted_library_leaves_no_event_behind(client: httpx2.AsyncClie
     engine = make_engine(settings, settings.database_url)
     while await worker.reap(engine, settings):
         pass
-    async with engine.connect() as connection:
-        left = (await connection.exec_driver_sql("select count(*) from pgshelf.events")).scalar()
-    await engine.dispose()
-    assert left == 0
+    assert await database.run(engine, "select count(*) from pgshelf.events") == [(0,)]
+    await pools.close(engine)
     await local(client)
     assert ok(await client.post(EVENTS, json=EVENT), 202)["duplicate"] is False

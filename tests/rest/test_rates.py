@@ -13,7 +13,7 @@ import httpx2
 import psycopg
 import pytest
 
-from pgshelf import questions, rates
+from pgshelf import pools, questions, rates
 from pgshelf.access import RULES
 from pgshelf.pools import make_engine
 from pgshelf.rates import PRESETS, Quota, Rates, quota, quotas
@@ -175,7 +175,7 @@ async def test_a_service_that_is_not_the_owner_counts(
         problem(await client.get(SHELF), 429, "rate_limited")
         engine = make_engine(make_settings(service), service)
         assert await tidy(engine, make_settings(service)) == 0  # it may forget shares, too
-        await engine.dispose()
+        await pools.close(engine)
 
 
 async def test_few_requests_ask_postgresql(
