@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import httpx2
 import numpy as np
@@ -112,7 +113,7 @@ def cost(without: str, limited: str, rounds: int) -> None:
         print(f"| {callers:14} | {found} | {share:4.0%} | {each:10.2f} |")
 
 
-def kept(addresses: list[str], url: str, preset: str, seconds: float) -> None:
+def kept(addresses: list[str], url: str, preset: Literal["team", "public"], seconds: float) -> None:
     """Print how many searches one caller got of two services that it asked as fast as it could."""
     limit = quotas(Settings(rate_limits=preset))["search"]
     answers: list[Counter[int]] = []

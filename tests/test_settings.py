@@ -202,6 +202,16 @@ def test_unknown_variables_are_refused() -> None:
     Settings.from_env({"PGSHELF_TEST_DSN": "x", "OTHER": "y", "pgshelf_port": "x"})
 
 
+def test_what_could_be_chosen_is_said() -> None:
+    for name, given, words in (
+        ("AUTH", "maybe", "auto, on, off"),
+        ("EMBEDDER", "ada", "local, cohere, openai, sentence_transformers, none"),
+        ("LOG_LEVEL", "loud", "debug, info, warning, error"),
+    ):
+        with pytest.raises(SettingsError, match=f"PGSHELF_{name}={given} cannot be used: choose one of {words}$"):
+            Settings.from_env({f"PGSHELF_{name}": given})
+
+
 def test_rules_between_settings() -> None:
     with pytest.raises(SettingsError, match="chunk_overlap must be smaller"):
         Settings.from_env({"PGSHELF_CHUNK_SIZE": "100", "PGSHELF_CHUNK_OVERLAP": "100"})

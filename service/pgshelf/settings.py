@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -57,7 +57,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     workers_max_bytes: Annotated[int, Meta(ge=64 * 1024 * 1024)] | None = None
     api_prefix: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = "/v1"
 
-    auth: Annotated[str, Meta(pattern="^(auto|on|off)$")] = "auto"
+    auth: Literal["auto", "on", "off"] = "auto"
     api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
     public_search: str = ""
     allowed_hosts: str = ""
@@ -72,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     jwt_libraries_claim: Annotated[str, Meta(min_length=1)] = "pgshelf_libraries"
     jwt_libraries: str = ""
 
-    embedder: Annotated[str, Meta(pattern="^(local|cohere|openai|sentence_transformers|none)$")] | None = None
+    embedder: Literal["local", "cohere", "openai", "sentence_transformers", "none"] | None = None
     embedder_model: Annotated[str, Meta(max_length=200)] | None = None
     embedder_dimension: Annotated[int, Meta(ge=1, le=16000)] | None = None
     embedding_cache_rows: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 100_000
@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     openai_api_key: Annotated[str, Meta(pattern=r"^[!-~]+\Z")] | None = None
     openai_timeout: Annotated[float, Meta(gt=0)] = 30.0
     openai_batch: Annotated[int, Meta(ge=1, le=2048)] = 32
-    openai_encoding: Annotated[str, Meta(pattern="^(float|base64)$")] = "float"
+    openai_encoding: Literal["float", "base64"] = "float"
 
     sentence_transformers_models: str | None = None
 
@@ -112,7 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     circuit_failures: Annotated[int, Meta(ge=1, le=1000)] = 5
     circuit_wait: Annotated[float, Meta(gt=0, le=3600)] = 60.0
 
-    rate_limits: Annotated[str, Meta(pattern="^(off|team|public)$")] = "off"
+    rate_limits: Literal["off", "team", "public"] = "off"
     rate_limit_search: Annotated[str, Meta(pattern=RATE)] = ""
     rate_limit_write: Annotated[str, Meta(pattern=RATE)] = ""
     rate_limit_import: Annotated[str, Meta(pattern=RATE)] = ""
@@ -161,8 +161,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     audit: bool = True
     audit_retention: Annotated[float, Meta(ge=1)] = 365.0
 
-    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
-    log_format: Annotated[str, Meta(pattern="^(console|json)$")] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
     access_log: bool = False
     slow_request: Annotated[float, Meta(gt=0)] = 2.0
     tracing: bool = False
@@ -226,7 +226,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             try:
                 values[name] = msgspec.convert(text, hints[name], strict=False, dec_hook=_decode)
             except msgspec.ValidationError as error:
-                raise SettingsError(f"{variable}={_shown(name, text)} cannot be used: {error}") from None
+                words = ", ".join(_words(hints[name]))
+                reason = f"choose one of {words}" if words else str(error)
+                raise SettingsError(f"{variable}={_shown(name, text)} cannot be used: {reason}") from None
         values |= {name: value for name, value in overrides.items() if value is not None}
         try:
             return msgspec.convert(values, cls, dec_hook=_decode)
@@ -243,6 +245,13 @@ def _decode(kind: type, value: object) -> object:
     if issubclass(kind, Path):
         return Path(str(value)).expanduser()
     raise NotImplementedError
+
+
+def _words(kind: Any) -> list[str]:
+    """Those that a setting may be, where they are few."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [word for part in get_args(kind) for word in _words(part)]
 
 
 def _shown(name: str, value: object) -> str:
