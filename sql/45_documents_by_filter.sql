@@ -120,6 +120,7 @@ create or replace function pgshelf.documents_to_change(p_library pgshelf.librari
   volatile language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_condition text;
   v_ids uuid[];
 begin
   if p_filter is null or p_filter = '{}' then
@@ -127,11 +128,16 @@ begin
   elsif p_max < 0 then
     raise 'max_affected must not be negative' using errcode = 'PS030';
   end if;
+  v_condition := pgshelf.document_condition(p_library, p_filter);
   execute format('select array(select d.id from pgshelf.documents d where $1::int is null and $2::jsonb is not distinct from $2 and %s
-    order by d.id limit $3 %s)', pgshelf.document_condition(p_library, p_filter), case when p_dry_run then '' else p_lock end)
+    order by d.id limit $3 %s)', v_condition, case when p_dry_run then '' else p_lock end)
     into v_ids using null::int, p_filter, p_max + 1;
   if cardinality(v_ids) > p_max then
     raise 'more than % documents match', p_max using errcode = 'PS021', hint = 'Nothing was changed. Narrow the filter, or allow more by max_affected.';
+  elsif v_ids <> '{}' and not p_dry_run and strpos(v_condition, 'pgshelf.chunks_s') > 0 then
+    -- whom the lock waited for may have replaced chunks: of the row that is locked PostgreSQL looks again at the newest, of others it does not
+    execute format('select array(select d.id from pgshelf.documents d where $1::int is null and d.id = any ($3) and %s order by d.id)', v_condition)
+      into v_ids using null::int, p_filter, v_ids;
   end if;
   return v_ids;
 end $$;

@@ -269,3 +269,29 @@ async def test_a_ready_attribute_is_sorted_by_its_index(client: httpx2.AsyncClie
         )
     assert "Backward using attribute_values_num_idx" in plan
     assert "(never executed)" in plan  # nobody looked for documents without a year
+
+
+@pytest.mark.parametrize("path", [UPDATE, DELETE])
+async def test_a_document_whose_chunks_are_replaced_meanwhile_is_left_alone(
+    client: httpx2.AsyncClient, database_url: str, path: str
+) -> None:
+    await library(client, dimension=2)
+    chunk = {"text": "first", "embedding": [1, 0], "metadata": {"page": 1}}
+    for key in ("replaced", "stays"):
+        ok(await client.put(at("libraries", "shelf", "documents", key), json={"chunks": [chunk]}), 201)
+    body = {"filter": {"chunk.page": 1}, **({"patch": {"seen": True}} if path == UPDATE else {})}
+    waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    with psycopg.connect(database_url) as writer, psycopg.connect(database_url, autocommit=True) as watcher:
+        put = """select pgshelf.put_document('shelf', 'replaced', texts => '{second}', embeddings => '{"[0,1]"}',
+          chunk_metadata => array['{"page": 2}'::jsonb])"""
+        writer.execute(put)
+        answer = asyncio.create_task(client.post(path, json=body))
+
+        async def waits() -> bool:
+            return watcher.execute(waiting).fetchone() == (1,)
+
+        await until(waits)
+        writer.commit()
+    assert ok(await answer) == {"affected": 1}
+    left = ok(await client.get(at("libraries", "shelf", "documents", "replaced")))
+    assert left["metadata"] == {}
