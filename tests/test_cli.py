@@ -356,7 +356,7 @@ def test_search_finds_what_is_like_a_chunk_or_a_document(run: Run, served: LiveS
     assert nearest("--like", document) == nearest("--like", chunk.id, "--exact") == "d"
     assert nearest("b", "--like", "c", "--mode", "vector") == "d"
     facets = run("search", "notes", "--like", "a", "--facets", "kind", "--url", served.url).stdout
-    assert facets.splitlines()[-1] == "kind: bb 1, cc 1, dd 1"
+    assert facets.splitlines()[-1] == "kind: aa 1, bb 1, cc 1, dd 1"
 
     for unknown in ("nobody", "00000000-0000-0000-0000-000000000000"):
         result = run("search", "notes", "--like", unknown, "--url", served.url)
