@@ -388,6 +388,11 @@ begin
     return false;
   end if;
   execute format('select count(*), coalesce(sum(octet_length(c.text)), 0) from pgshelf.chunks_s%s c', v_shelf) into v_chunks, v_bytes;
+  -- who thought that there are others was wrong, and nothing changes
+  update pgshelf.word_statistics w set made_at = now() where w.library_id = p_library and w.chunks = v_chunks and w.bytes = v_bytes;
+  if found then
+    return true;
+  end if;
   delete from pgshelf.terms t where t.library_id = p_library;
   insert into pgshelf.terms (library_id, lexeme, chunks)
     select p_library, s.word, s.ndoc from ts_stat(format('select c.tsv from pgshelf.chunks_s%s c', v_shelf)) s

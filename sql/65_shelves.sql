@@ -167,6 +167,22 @@ as $$
   from pg_class c where c.oid = to_regclass('pgshelf.chunks_s' || p_shelf)
 $$;
 
+-- Whether a shelf has about so many chunks with a vector: those without are counted, as far as it depends on them, over their index.
+create or replace function pgshelf.holds_vectors(p_shelf int, p_number bigint) returns boolean
+  stable language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_more bigint := pgshelf.shelf_rows(p_shelf) - p_number;
+  v_without bigint;
+begin
+  if v_more < 0 then
+    return false;
+  end if;
+  execute format('select count(*) from (select 1 from pgshelf.chunks_s%s c where c.embedding is null limit $1) x', p_shelf)
+    into v_without using v_more + 1;
+  return v_without <= v_more;
+end $$;
+
 -- What is to be done for a library: 'promote' to a (new) shelf of its own, 'demote' to shelf 0, 'build' another index where it is,
 -- or null; and the index that it shall have then. An ivfflat whose library has grown fourfold is built anew.
 create or replace function pgshelf.index_task(p_library pgshelf.libraries, p_rows bigint, p_promote_at int, out task text, out target jsonb)
@@ -191,7 +207,7 @@ begin
     -- the rows of an lsh index hold its codes: another one, or none, needs other rows
     when not p_library.index_actual @> target and 'lsh' in (target ->> 'type', p_library.index_actual ->> 'type') then 'promote'
     when not p_library.index_actual @> target then 'build'
-    when target ->> 'type' = 'ivfflat' and pgshelf.shelf_rows(p_library.shelf) >= 4 * (p_library.index_actual ->> 'rows')::bigint
+    when target ->> 'type' = 'ivfflat' and pgshelf.holds_vectors(p_library.shelf, 4 * greatest((p_library.index_actual ->> 'rows')::bigint, 1000))
       then 'build' end;
 end $$;
 
@@ -709,6 +725,14 @@ as $$
   order by 1
 $$;
 
+-- Whether somebody else builds, cleans or analyzes a table at this moment: everybody may see locks, but not what other roles do.
+create or replace function pgshelf.worked_on(p_table oid) returns boolean
+  volatile language sql set search_path = pg_catalog, pg_temp
+as $$
+  select exists (select from pg_locks k where k.locktype = 'relation' and k.relation = p_table and k.granted and k.pid <> pg_backend_pid()
+    and k.mode = 'ShareUpdateExclusiveLock' and k.database = (select d.oid from pg_database d where d.datname = current_database()))
+$$;
+
 -- Vector indexes that no search uses: of another serial than their library's, or invalid while nobody builds on their table, such
 -- as what a killed REINDEX CONCURRENTLY leaves. Those of shelves that are moving or retired go with their table. Ask only while
 -- holding the lock of builds.
@@ -719,7 +743,7 @@ as $$
     select c.relname::text, substring(c.relname from '^chunks_s(\d+)')::int as shelf, substring(c.relname from '_v(\d+)')::int as serial,
       i.indisvalid and c.relname !~ '_cc' as good from pg_class c join pg_index i on i.indexrelid = c.oid
     where c.relnamespace = 'pgshelf'::regnamespace and c.relkind = 'i' and c.relname ~ '^chunks_s\d{1,9}_v\d{1,9}(_cc(new|old)\d*)?$'
-      and not exists (select 1 from pg_stat_progress_create_index p where p.relid = i.indrelid)) t
+      and not pgshelf.worked_on(i.indrelid)) t
   where not exists (select 1 from pgshelf.libraries l where t.good and l.shelf = t.shelf and (l.index_actual ->> 'serial')::int = t.serial)
     and exists (select 1 from pgshelf.libraries l where l.shelf = t.shelf)
 $$;

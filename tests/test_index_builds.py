@@ -218,6 +218,24 @@ async def test_an_ivfflat_waits_for_a_thousand_vectors_and_is_built_anew_when_gr
     check_tidy(db)
 
 
+async def test_an_ivfflat_is_not_built_anew_for_chunks_without_a_vector(db: Connection, small: Settings) -> None:
+    library = make_library(db, index={"type": "ivfflat", "lists": 10})
+    fill(db, library, vectors(1000), per_document=1000)
+    await reconcile(small)
+    built = state(db, library)
+    db.execute(
+        "update pgshelf.libraries set embedder = jsonb_build_object('provider', 'local', 'dimension', dimension)"
+    )
+    for number in range(4):
+        texts = [f"pending {number} {n}" for n in range(1000)]
+        db.execute("select pgshelf.put_document('notes', %s, texts => %s)", [f"pending {number}", texts])
+    db.execute("select pg_stat_force_next_flush()")
+    db.execute(f"vacuum analyze pgshelf.chunks_s{built['shelf']}")
+    assert db.execute("select pgshelf.shelf_rows(%s)", [built["shelf"]]).fetchone() == (5000,)
+    assert "built" not in await reconcile(small)
+    assert state(db, library)["index_actual"] == built["index_actual"]
+
+
 def test_lists_fit_into_the_memory_of_a_build(shared_db: Connection) -> None:
     wanted = "jsonb_build_object('type', 'ivfflat', 'storage', 'halfvec', 'lists', l.lists)"
     for rows, memory in ((10**8, 2**30), (10**6, 2**24), (10**4, 2**30)):
@@ -431,6 +449,30 @@ async def test_what_a_killed_reindex_leaves_is_dropped(db: Connection, small: Se
     assert await reconcile(small) == ["index dropped"] * 2
     assert state(db, library) == row
     check_tidy(db)
+
+
+async def test_what_another_role_builds_is_left_to_it(db: Connection, small: Settings) -> None:
+    """Whoever is no member of a role does not see what it does, but what it locks."""
+    library = make_library(db, index=HNSW)
+    fill(db, library, vectors(30))
+    await reconcile(small)
+    row = state(db, library)
+    left = f"chunks_s{row['shelf']}_v{row['index_actual']['serial']}_ccnew"
+    db.execute(f"create index {left} on pgshelf.chunks_s{row['shelf']} (ordinal)")
+    db.execute("update pg_index set indisvalid = false where indexrelid = %s::regclass", [f"pgshelf.{left}"])
+    with psycopg.connect(db.info.dsn) as other:
+        other.execute(f"lock table pgshelf.chunks_s{row['shelf']} in share update exclusive mode")
+        assert await reconcile(small) == []
+    assert await reconcile(small) == ["index dropped"]
+
+
+async def test_a_new_shelf_knows_its_rows(db: Connection, small: Settings) -> None:
+    """What a move has inserted is not added to what it counted."""
+    library = make_library(db, index=HNSW)
+    fill(db, library, vectors(45))
+    await reconcile(small)
+    db.execute("select pg_stat_force_next_flush()")
+    assert db.execute("select pgshelf.shelf_rows(%s)", [state(db, library)["shelf"]]).fetchone() == (45,)
 
 
 async def test_a_build_without_shared_memory_goes_on_alone(

@@ -244,6 +244,12 @@ def test_words_of_a_library_that_has_grown_are_counted_again(db: Connection, dat
     db.execute("update pgshelf.word_statistics set made_at = now() - interval '2 minutes'")
     db.execute("select pg_stat_force_next_flush()")
     assert db.execute("select pgshelf.words_due(10)").fetchall() == [(libraries[0],)]
+    state = "select pgshelf.search_state('own')"
+    seen = [db.execute(state).fetchone()]
+    for _ in range(2):  # what is counted again and is the same is no other state
+        db.execute("select pgshelf.refresh_words(%s)", [libraries[0]])
+        seen.append(db.execute(state).fetchone())
+    assert seen[0] != seen[1] == seen[2]
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,8 @@ def _indexes(connection: Connection) -> Iterator[Finding]:
     rows = connection.execute(
         "select i.indexrelid::regclass::text from pg_index i join pg_class c on c.oid = i.indexrelid"
         " join pg_namespace n on n.oid = c.relnamespace where n.nspname = 'pgshelf' and not i.indisvalid"
+        # one that is being built is not valid yet
+        " and not exists (select from pg_locks k where k.relation = i.indrelid and k.mode = 'ShareUpdateExclusiveLock')"
     ).fetchall()
     for (name,) in rows:
         yield Finding("fail", f"the index {name} is invalid; run: reindex index concurrently {name}")

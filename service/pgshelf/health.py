@@ -67,6 +67,8 @@ async def check(reader: database.Source, settings: Settings) -> Checks:
         if revision == expected()[0]:
             detail = "The functions in the database are those of another version: run `pgshelf migrate`."
         raise Problem("not_ready", detail)
+    if pgvector is None:
+        raise Problem("not_ready", "The extension pgvector is missing: a DBA runs create extension vector.")
     await _check_standby(reader, settings)
     return Checks("ok", revision, pgvector)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -123,7 +124,8 @@ class IndexBuilds:
         """Drop vector indexes that nobody uses, and what belongs to them; the caller holds the lock of builds."""
         lost = await self._session.rows("select pgshelf.lost_indexes()")
         for (name,) in lost:
-            await self._session.run(f"drop index concurrently if exists pgshelf.{name}")
+            with contextlib.suppress(psycopg.errors.LockNotAvailable):  # it waits for the next time
+                await self._session.waiting(f"drop index concurrently if exists pgshelf.{name}", "5s")
             await self._session.step("index dropped")
         await self._session.run("select pgshelf.forget_lost()")
         missing = (await self._session.rows("select pgshelf.miss_indexes()"))[0][0]

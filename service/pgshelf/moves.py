@@ -116,6 +116,8 @@ class Moves:
             [(last,)] = await session.rows(copy, library, to, last, until, COPIED_ROWS)
             await session.step("copying")
             if last is None:
+                # what this session has inserted would be added to what ANALYZE finds
+                await session.run("select pg_stat_force_next_flush()")
                 return
 
     async def _drain(self, library: UUID, to: int) -> None:

@@ -70,6 +70,7 @@ def make_engine(
         f"-c statement_timeout={int(settings.statement_timeout * 1000)}"
         f" -c lock_timeout={int(settings.lock_timeout * 1000)}"
         " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
+        " -c standard_conforming_strings=on"
     )
     existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")
     target = serving_dsn(settings, url, "pgshelf serve", options=f"{options} {existing}" if existing else options)

@@ -37,6 +37,7 @@ ENTRIES = Gauge("pgshelf_query_cache_entries", "Answers in the query cache.", mu
 BYTES = Gauge("pgshelf_query_cache_bytes", "Size of the query cache.", multiprocess_mode="livesum")
 
 OVERHEAD = 512  # bytes of an entry beside its answer
+NAMED = 160  # bytes that a library takes in an entry
 LARGEST = 8  # an answer of more than this part of the cache is not kept: it would drive out too many
 SHORT = 65_536  # bytes of a request that is known again as it stands
 SEARCHES = {"search", "searchLibraries"}  # operations that are answered with one search
@@ -72,8 +73,8 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return len(self.head) + len(self.tail)
+        """Bytes, with about those of the names and states of its libraries."""
+        return len(self.head) + len(self.tail) + NAMED * len(self.libraries)
 
 
 class QueryCache:

@@ -36,6 +36,12 @@ async def test_health_and_readiness(client: httpx2.AsyncClient) -> None:
     assert ready["checks"]["pgvector"].startswith("0.")
 
 
+async def test_without_pgvector_it_is_not_ready(client: httpx2.AsyncClient, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("drop extension vector cascade")
+    assert "pgvector" in problem(await client.get("/ready"), 503, "not_ready")["detail"]
+
+
 async def test_an_empty_database_is_not_ready(empty_database_url: str, make_settings: Any, make_client: Any) -> None:
     client = await make_client(make_settings(empty_database_url, worker_enabled=False))
     assert ok(await client.get("/health"))["status"] == "ok"
