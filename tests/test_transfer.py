@@ -246,6 +246,21 @@ def test_what_is_written_is_read_again(tmp_path: Path, suffix: str, monkeypatch:
         assert found == plain
 
 
+@pytest.mark.parametrize(
+    "field", ["a\rb", "a\r", "\r", "a\r\nb", "\r\n", "a\nb", '"', 'a "b" c', "a,b", "a;b\tc", " a ", "a\\b"]
+)
+def test_a_csv_field_is_quoted_where_it_must_be(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "a.csv"
+    with writing(str(path), None) as writer:
+        writer.write(json.dumps({"key": "k", "title": field, "source": field}).encode())
+        writer.write(b'{"key":"behind"}')
+    [(_, first), (_, second)] = read(path)
+    assert (first["key"], first["title"], first["source"], second["key"]) == ("k", field, field, "behind")
+    written = '"' + field.replace('"', '""') + '"' if set(field) & set('\r\n",') else field
+    rows = f"k,{written},{written},{{}},[]\nbehind,,,{{}},[]\n"
+    assert path.read_bytes().decode() == f"key,title,source,metadata,chunks\n{rows}"
+
+
 def test_the_same_documents_make_the_same_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, now in (("a.ndjson.gz", 1.0), ("b.ndjson.gz", 2e9)):
         monkeypatch.setattr("gzip.time", types.SimpleNamespace(time=lambda now=now: now))

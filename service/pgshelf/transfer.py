@@ -330,12 +330,23 @@ class ExportedChunk(msgspec.Struct):
     metadata: msgspec.Raw = msgspec.Raw(b"{}")
 
 
+class _Rows:
+    """Ends rows by a newline alone: Python 3.11 quotes a carriage return only where the end of a row holds one."""
+
+    def __init__(self, text: IO[str]) -> None:
+        self.text = text
+
+    def write(self, row: str) -> None:
+        """Write one row."""
+        self.text.write(row.removesuffix("\r\n") + "\n")
+
+
 class CsvWriter:
     """Writes a line for each document; metadata and chunks are JSON in it."""
 
     def __init__(self, stream: Stream) -> None:
         self.text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        self.csv = csv.writer(self.text, lineterminator="\n")
+        self.csv = csv.writer(_Rows(self.text), lineterminator="\r\n")
         self.csv.writerow(Exported.__struct_fields__)
 
     def write(self, line: bytes) -> None:
