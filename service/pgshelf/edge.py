@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, level 1
+# what is asked of many documents, by POST, has the address of a document of that key
+SHARED = re.compile(r"(.*/libraries/[^/]+/documents/)(batch|delete|query|update)(/.*)?")
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
@@ -59,13 +61,15 @@ class Edge:
         request_id = sent if REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
         scope["pgshelf_request_id"] = request_id  # type: ignore[typeddict-unknown-key]  # ASGI scopes are open
         # keys may hold "/" as %2F, so routing must see the path undecoded; decode_path does the rest
-        if raw := scope.get("raw_path"):
-            scope["path"] = raw.split(b"?")[0].decode("latin-1")
+        scope["path"] = path = _sent_path(scope)
 
         # HEAD is GET without the body; Litestar knows it only where a handler names it
         head = scope["method"] == "HEAD"
         if head:
             scope["method"] = "GET"
+        if (shared := SHARED.fullmatch(path)) and (shared[3] or scope["method"] in {"GET", "PUT", "PATCH", "DELETE"}):
+            # with a letter encoded it is routed as any other key
+            scope["path"] = f"{shared[1]}%{ord(shared[2][0]):02x}{shared[2][1:]}{shared[3] or ''}"
 
         known: Any = scope
         status = 499  # the client went away before there was an answer
@@ -103,6 +107,11 @@ class Edge:
                     self.observe(Served(method, route, status, spent, problem, told))
 
 
+def _sent_path(scope: Scope) -> str:
+    raw = scope.get("raw_path")
+    return raw.split(b"?")[0].decode("latin-1") if raw else scope["path"]
+
+
 def _headers(answered: Iterable[tuple[bytes, bytes]], told: dict[str, str]) -> list[tuple[bytes, bytes]]:
     """Those of an answer, with ours behind; where GET is allowed, so is HEAD."""
     allowed = ((name, value + b", HEAD" if name == b"allow" and b"GET" in value else value) for name, value in answered)
@@ -117,7 +126,8 @@ def decode_path(app: ASGIApp) -> ASGIApp:
             if scope["method"] == "OPTIONS":
                 await _options(scope, receive, send)
                 return
-            if len(scope["path"]) > 1 and scope.get("raw_path", b"").split(b"?")[0].endswith(b"/"):
+            scope["path"] = _sent_path(scope)
+            if len(scope["path"]) > 1 and scope["path"].endswith("/"):
                 # Litestar would take it for the address without the slash: ".../documents/.." for the library
                 raise Problem("route_not_found", "No address ends in a slash; /schema lists them.")
             try:
@@ -134,7 +144,8 @@ def decode_path(app: ASGIApp) -> ASGIApp:
 
 async def _options(scope: Any, receive: Receive, send: Send) -> None:
     """All methods of an address: Litestar's own answer knows those of one handler only."""
-    routes = [route for route in scope["litestar_app"].routes if route.path_format == scope["path_template"]]
+    templates = {scope["path_template"], SHARED.sub(r"\1{document}", scope["path_template"])}
+    routes = [route for route in scope["litestar_app"].routes if route.path_format in templates]
     allow = ", ".join(sorted({method for route in routes for method in route.methods}))
     headers: list[tuple[bytes, bytes]] = [(b"allow", allow.encode())]
     await send({"type": "http.response.start", "status": 204, "headers": headers})

@@ -89,6 +89,7 @@ METHODS = [
     ("/v1/libraries/shelf/documents", {"GET", "POST"}),
     ("/v1/libraries/shelf/documents/a%2Fb", {"GET", "PUT", "PATCH", "DELETE"}),
     ("/v1/libraries/shelf/documents/a%2Fb/chunks", {"GET"}),
+    ("/v1/libraries/shelf/documents/delete/chunks", {"GET"}),
     (f"/v1/libraries/shelf/chunks/{UNKNOWN_ID}", {"GET", "PATCH", "DELETE"}),
     ("/v1/libraries/shelf/search", {"POST"}),
     ("/health", {"GET"}),
@@ -109,6 +110,33 @@ async def test_methods(client: httpx2.AsyncClient, subtests: pytest.Subtests) ->
                 response = await client.request(method, path, json={} if method in {"POST", "PUT", "PATCH"} else None)
                 problem(response, 405, "method_not_allowed")
                 assert allowed(response) == every
+
+
+async def test_what_is_asked_of_many_documents_hides_none(client: httpx2.AsyncClient, make_settings: Any) -> None:
+    """A document may be called as a route is: both have the address, each its methods."""
+    found = f"{SHELF}/documents/"
+    app = create_app(make_settings("postgresql://nobody@localhost/nothing"))
+    templates = {route.path_format.replace("{library}", "shelf") for route in app.routes}
+    routes = {path.removeprefix(found) for path in templates if path.startswith(found)} - {
+        "{document}",
+        "{document}/chunks",
+    }
+    assert routes == {"batch", "delete", "query", "update"}
+    await library(client)
+    for name in routes:
+        options = await client.options(found + name)
+        assert set(options.headers["allow"].split(", ")) == {"GET", "PUT", "PATCH", "DELETE", "POST", "HEAD", "OPTIONS"}
+        missing = problem(await client.get(found + name), 404, "document_not_found")
+        assert missing["instance"] == found + name
+        made = await document(client, name)
+        assert (
+            ok(await client.get(f"{found}%{ord(name[0]):02X}{name[1:]}")) == ok(await client.get(found + name)) == made
+        )
+        assert (await client.head(found + name)).headers["etag"] == '"1"'
+        problem(await client.get(f"{found}{name}/"), 404, "route_not_found")
+    gone = {"filter": {"$key": {"$in": sorted(routes)}}}
+    assert ok(await client.post(f"{found}query", json=gone | {"total": True}))["total"] == 4
+    assert ok(await client.post(f"{found}delete", json=gone)) == {"affected": 4}
 
 
 async def test_head_is_get_without_the_body(client: httpx2.AsyncClient) -> None:

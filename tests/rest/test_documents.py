@@ -15,6 +15,7 @@ DOCUMENTS = at("libraries", "shelf", "documents")
 KEYS = [
     "guide/vacuum", "/", "//", "a/../b", "...", "100%", "%2F", "%", "a b", " edge ", "ключ", "文書", "\U0001f4da", "é",
     "a?b=c&d#e", "a+b", "x" * 512, "\U0001f4da" * 512, "a\tb\nc", "'; --", "chunks", "null", "0",
+    "batch", "delete", "query", "update", "deleted",
 ]  # fmt: skip
 
 

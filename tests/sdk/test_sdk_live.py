@@ -13,6 +13,7 @@ from pgshelf_client import (
     Client,
     Conflict,
     FacetValue,
+    NotFound,
     Search,
     SearchFailure,
     Unprocessable,
@@ -64,6 +65,17 @@ async def test_a_document_that_changed_since_it_was_seen_is_not_replaced(shelf: 
     with pytest.raises(Conflict):
         await shelf.add_document("handbook", key="locks", text="Other.", if_match=version + 1)
     assert (await shelf.add_document("handbook", key="locks", text="Other.", if_match=version)).version > version
+
+
+@pytest.mark.parametrize("key", ["batch", "delete", "query", "update"])
+async def test_a_key_may_be_the_name_of_a_route(shelf: Caller, key: str) -> None:
+    made = await shelf.put_document("handbook", key, text="Locks are held.")
+    assert (await shelf.update_document("handbook", key, title="T")).id == made.id
+    assert (await shelf.get_document("handbook", key)).title == "T"
+    assert [chunk.text for chunk in await shelf.chunks("handbook", key)] == ["Locks are held."]
+    await shelf.delete_document("handbook", key)
+    with pytest.raises(NotFound):
+        await shelf.get_document("handbook", key)
 
 
 async def test_searches(shelf: Caller) -> None:
