@@ -170,7 +170,8 @@ async def update_chunk(
                 False, config.id, maker, chunk_id, data.text, wanted, metadata,
             )  # fmt: skip
             changed = _chunk(rows[0])
-            limits.metadata(changed.metadata, settings)
+            if metadata is not None:
+                limits.metadata(changed.metadata, settings)
             return Answer(changed, status_code=202 if changed.status == "pending" else 200)
 
         return await once.run(change)

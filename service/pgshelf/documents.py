@@ -191,7 +191,8 @@ async def update_document(
             library, document, Jsonb(changed), patched, wanted_version(if_match),
         )  # fmt: skip
         found = await _read(connection, library, document)
-        limits.metadata(found.metadata, settings)
+        if patched is not None:
+            limits.metadata(found.metadata, settings)
         return _answer(found)
 
     return await once.run(change)

@@ -13,9 +13,10 @@ from psycopg.types.json import Jsonb
 
 from pgshelf import database, filters, limits
 from pgshelf.connections import Connection
-from pgshelf.errors import invalid
+from pgshelf.errors import Problem, invalid
 from pgshelf.http import Answer, Config, LibraryName, Reader, page_size, problems
 from pgshelf.idempotency import Write
+from pgshelf.settings import Settings
 from pgshelf.stored_documents import COLUMNS, COUNTS, Document, document_of
 
 FILTER = Meta(
@@ -88,6 +89,12 @@ class Affected(msgspec.Struct):
     affected: Annotated[int, Meta(description="Documents that were changed, or would be, where `dry_run` was sent.")]
 
 
+# What this transaction wrote: its rows of the change log have no position yet. PostgreSQL puts spaces in JSON that do
+# not count: what is too large with them is measured here, a part at a time.
+LARGE = """select c.id, c.document_id, c.key, d.metadata
+from pgshelf.change_log c join pgshelf.documents d on d.id = c.document_id
+where c.library_id = (select (pgshelf.library_named(%s)).id) and c.position is null and c.id > %s
+  and c.xmin = pg_current_xact_id()::xid and octet_length(d.metadata::text) > %s order by c.id limit 100"""
 QUERY = f"""with l as materialized (select pgshelf.library_named(%s) as l),
 page as materialized (select s.id, s.keys, s.place
   from pgshelf.sorted_documents((select l from l), %s, %s, %s, %s) with ordinality s(id, keys, place))
@@ -146,10 +153,12 @@ async def update_documents(
             "select pgshelf.update_documents(%s, %s, %s, %s, %s)",
             library, condition, changes, data.max_affected, data.dry_run,
         )  # fmt: skip
+        if not data.dry_run:
+            await _check_size(connection, library, settings)
         once.note(count=0 if data.dry_run else rows[0][0])
         return Answer(Affected(rows[0][0]), status_code=200)
 
-    return await once.run(change, single=True)
+    return await once.run(change)
 
 
 @post(
@@ -176,6 +185,19 @@ async def delete_documents(
         return Answer(Affected(rows[0][0]), status_code=200)
 
     return await once.run(remove, single=True)
+
+
+async def _check_size(connection: Connection, library: str, settings: Settings) -> None:
+    """Refuse what made the metadata of a document too large."""
+    last = 0
+    while found := await database.rows(connection, LARGE, library, last, settings.max_metadata_bytes):
+        last = found[-1][0]
+        for _, document_id, key, metadata in found:
+            try:
+                limits.metadata(metadata, settings)
+            except Problem as error:
+                name = document_id if key is None else repr(key)
+                raise invalid("patch", f"too much for the document {name}: {error.detail}") from None
 
 
 def _after(keys: list[str | None]) -> str:

@@ -274,7 +274,8 @@ async def update_library(
         written = update(libraries).where(libraries.c.id == now.id).values(values).returning(*COLUMNS)
         [row] = await database.execute(connection, written)
         changed = _library(row)
-        limits.metadata(changed.metadata, settings)
+        if data.metadata is not UNSET:
+            limits.metadata(changed.metadata, settings)
         once.note(library=str(now.id))  # by its name it might not be found any more
         return Answer(changed, status_code=200)
 

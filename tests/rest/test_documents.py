@@ -348,6 +348,26 @@ async def test_metadata_has_a_size_however_many_patches_it_comes_in(
         ok(await client.patch(path, json={"metadata": {"0": None, "3": "x" * 50}}))
 
 
+async def test_metadata_that_is_not_asked_about_may_have_any_size(
+    database_url: str, make_settings: Any, make_client: Any
+) -> None:
+    client = await make_client(make_settings(database_url, max_metadata_bytes=200))
+    await library(client)
+    await document(client, "k")
+    (chunk,) = await chunks(client, "k")
+    with psycopg.connect(database_url) as connection:  # there SQL sets no limit
+        for table in ("libraries", "documents", "chunks"):
+            connection.execute(f"update pgshelf.{table} set metadata = jsonb_build_object('a', repeat('x', 300))")
+    changed = ok(await client.patch(f"{DOCUMENTS}/k", json={"title": "t", "source": "s"}))
+    assert (changed["title"], changed["source"], len(changed["metadata"]["a"])) == ("t", "s", 300)
+    path = at("libraries", "shelf", "chunks", chunk["id"])
+    assert ok(await client.patch(path, json={"embedding": [0, 1, 0]}))["metadata"] == changed["metadata"]
+    assert ok(await client.patch(at("libraries", "shelf"), json={"description": "d"}))["description"] == "d"
+    for address in (f"{DOCUMENTS}/k", path, at("libraries", "shelf")):
+        problem(await client.patch(address, json={"metadata": {"b": 1}}), 400, "validation_failed")
+        assert ok(await client.patch(address, json={"metadata": {"a": None}}))["metadata"] == {}
+
+
 async def test_a_long_text_keeps_nobody_else_waiting(client: httpx2.AsyncClient) -> None:
     await local(client, chunking={"size": 20_000})
     text = "Storage is reclaimed by vacuum, word after word. " * 30_000

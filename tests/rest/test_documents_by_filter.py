@@ -152,6 +152,32 @@ async def test_updating_patches_metadata_and_leaves_the_chunks(client: httpx2.As
     assert await chunks(client, "k2", embedding=True) == before
 
 
+async def test_no_update_makes_metadata_too_large(database_url: str, make_settings: Any, make_client: Any) -> None:
+    client = await make_client(make_settings(database_url, max_metadata_bytes=200))
+    await library(client)
+    # of 200 bytes at most, but more with the spaces that PostgreSQL writes
+    full = {str(number): 1 for number in range(20)}
+    for key in (*"ab", None):
+        await document(client, key, metadata=full if key == "a" else {"x": "y"})
+    for number in range(140):
+        await document(client, f"full{number}", metadata=full)
+    assert ok(await client.post(UPDATE, json={"filter": EVERYTHING, "patch": {"one": 1}})) == {"affected": 143}
+    assert ok(await client.post(UPDATE, json={"filter": {"x": "y"}, "patch": {"s": "s" * 150}})) == {"affected": 2}
+    before = await listed(client, 1000)
+    for filter, named in (({"$key": "b"}, "'b'"), (EVERYTHING, "the document "), ({"x": "y"}, "the document ")):
+        body = {"filter": filter, "patch": {"t": "t" * 150}}
+        refused = problem(await client.post(UPDATE, json=body), 400, "validation_failed")
+        assert named in refused["detail"] and "at most 200 are allowed" in refused["detail"]
+        assert refused["errors"][0]["path"] == "patch"
+        assert ok(await client.post(UPDATE, json=body | {"dry_run": True}))["affected"] > 0
+        problem(
+            await client.post(UPDATE, json=body, headers={"Idempotency-Key": str(filter)[:9]}), 400, "validation_failed"
+        )
+    assert await listed(client, 1000) == before
+    swap = {"filter": {"x": "y"}, "patch": {"s": None, "t": "t" * 150}}
+    assert ok(await client.post(UPDATE, json=swap)) == {"affected": 2}
+
+
 async def test_deleting_takes_the_chunks_along(client: httpx2.AsyncClient) -> None:
     await filled(client, 6)
     body: dict[str, Any] = {"filter": {"even": True}}
