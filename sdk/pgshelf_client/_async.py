@@ -662,17 +662,22 @@ class AsyncClient:
         embedding: Vector | UnsetType = UNSET,
         metadata: Metadata | UnsetType = UNSET,
         wait: bool | None = None,
+        if_match: int | None = None,
     ) -> Chunk:
-        """Change a chunk in place; a new text without an embedding is embedded by the library's embedder."""
+        """Change a chunk in place; a new text without an embedding is embedded by the library's embedder.
+
+        `if_match` is the version you have seen of its document: `Conflict` when that is stale.
+        """
         vector = UNSET if embedding is UNSET else packed(embedding)
         body = changed(text=text, embedding=vector, metadata=patched_object(metadata))
         path = ("libraries", library, "chunks", chunk)
-        return await self._fetch(self._routes.call("PATCH", *path, params={"wait": wait}, body=body), base.CHUNK)
+        call = self._routes.call("PATCH", *path, params={"wait": wait}, body=body, if_match=if_match)
+        return await self._fetch(call, base.CHUNK)
 
-    async def delete_chunk(self, library: Name, chunk: Name) -> None:
-        """Delete a chunk."""
+    async def delete_chunk(self, library: Name, chunk: Name, *, if_match: int | None = None) -> None:
+        """Delete a chunk; `Conflict` when `if_match`, the version you have seen of its document, is stale."""
         path = ("libraries", library, "chunks", chunk)
-        await self._answer(self._routes.call("DELETE", *path))
+        await self._answer(self._routes.call("DELETE", *path, if_match=if_match))
 
     # Changes
 

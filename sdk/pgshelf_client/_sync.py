@@ -658,17 +658,22 @@ class Client:
         embedding: Vector | UnsetType = UNSET,
         metadata: Metadata | UnsetType = UNSET,
         wait: bool | None = None,
+        if_match: int | None = None,
     ) -> Chunk:
-        """Change a chunk in place; a new text without an embedding is embedded by the library's embedder."""
+        """Change a chunk in place; a new text without an embedding is embedded by the library's embedder.
+
+        `if_match` is the version you have seen of its document: `Conflict` when that is stale.
+        """
         vector = UNSET if embedding is UNSET else packed(embedding)
         body = changed(text=text, embedding=vector, metadata=patched_object(metadata))
         path = ("libraries", library, "chunks", chunk)
-        return self._fetch(self._routes.call("PATCH", *path, params={"wait": wait}, body=body), base.CHUNK)
+        call = self._routes.call("PATCH", *path, params={"wait": wait}, body=body, if_match=if_match)
+        return self._fetch(call, base.CHUNK)
 
-    def delete_chunk(self, library: Name, chunk: Name) -> None:
-        """Delete a chunk."""
+    def delete_chunk(self, library: Name, chunk: Name, *, if_match: int | None = None) -> None:
+        """Delete a chunk; `Conflict` when `if_match`, the version you have seen of its document, is stale."""
         path = ("libraries", library, "chunks", chunk)
-        self._answer(self._routes.call("DELETE", *path))
+        self._answer(self._routes.call("DELETE", *path, if_match=if_match))
 
     # Changes
 

@@ -16,14 +16,16 @@ from psycopg.types.json import Jsonb
 from pgshelf import database, limits
 from pgshelf.connections import Connection
 from pgshelf.embedding import asked_again, embed_for_writing, library_config
-from pgshelf.errors import Problem, invalid
+from pgshelf.errors import Problem, invalid, problem_of_state
 from pgshelf.http import (
+    ANY_VERSION,
     After,
     Answer,
     ChunkId,
     Config,
     DocumentName,
     Engine,
+    IfMatch,
     LibraryName,
     Limit,
     Page,
@@ -32,6 +34,7 @@ from pgshelf.http import (
     as_id,
     page_size,
     problems,
+    wanted_version,
 )
 from pgshelf.idempotency import Write
 
@@ -143,11 +146,12 @@ async def update_chunk(
     once: Write,
     settings: Config,
     wait: Wait = True,
+    if_match: IfMatch = None,
 ) -> Answer[Chunk]:
     """Change text, embedding or metadata of a chunk; its id and its place stay."""
     if (kept := await once.replayed()) is not None:
         return kept
-    chunk_id = _id(chunk)
+    chunk_id, version = _id(chunk), wanted_version(if_match)
     vector = None if data.embedding is None else limits.vector(data.embedding, "embedding")
     metadata = None if data.metadata is None else limits.metadata(data.metadata, settings)
     if data.text is not None:
@@ -170,6 +174,7 @@ async def update_chunk(
                 False, config.id, maker, chunk_id, data.text, wanted, metadata,
             )  # fmt: skip
             changed = _chunk(rows[0])
+            await _check_version(connection, changed.document_id, version)
             if metadata is not None:
                 limits.metadata(changed.metadata, settings)
             return Answer(changed, status_code=202 if changed.status == "pending" else 200)
@@ -186,16 +191,35 @@ async def update_chunk(
     summary="Delete a chunk",
     operation_id="deleteChunk",
 )
-async def delete_chunk(library: LibraryName, chunk: ChunkId, once: Write) -> Answer[None]:
+async def delete_chunk(library: LibraryName, chunk: ChunkId, once: Write, if_match: IfMatch = None) -> Answer[None]:
     """Delete a chunk; the ordinals of the others stay."""
-    chunk_id = _id(chunk)
+    chunk_id, version = _id(chunk), wanted_version(if_match)
+    delete_it = "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)"
 
     async def remove(connection: Connection) -> Answer[None]:
-        delete_it = "select pgshelf.delete_chunk((pgshelf.library_named(%s)).id, %s)"
         await database.rows(connection, delete_it, library, chunk_id)
         return Answer(None, status_code=204)
 
-    return await once.run(remove, single=True)
+    async def remove_version(connection: Connection) -> Answer[None]:
+        find_it = "select (pgshelf.chunk_named(pgshelf.library_named(%s), %s)).document_id"
+        document_id = (await database.rows(connection, find_it, library, chunk_id))[0][0]
+        answer = await remove(connection)
+        await _check_version(connection, document_id, version)
+        return answer
+
+    if version is None:
+        return await once.run(remove, single=True)
+    return await once.run(remove_version)
+
+
+async def _check_version(connection: Connection, document_id: UUID, wanted: int | None) -> None:
+    """Refuse what has just been done to a chunk, if its document had another version; the write holds its lock."""
+    if wanted in (None, ANY_VERSION):
+        return
+    rows = await database.rows(connection, "select d.version - 1 from pgshelf.documents d where d.id = %s", document_id)
+    if rows[0][0] != wanted:
+        said = f"the document is at version {rows[0][0]}, not {wanted}"
+        raise problem_of_state("PS020", said, "Read the document again and repeat the change on what it is now.")
 
 
 def _id(chunk: str) -> UUID:

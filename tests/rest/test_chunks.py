@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx2
@@ -105,6 +106,56 @@ async def test_deleting_a_chunk_leaves_the_places_of_the_others(client: httpx2.A
     for method in (client.get, client.delete):
         problem(await method(path(middle)), 404, "chunk_not_found")
     problem(await client.patch(path(middle), json={"text": "x"}), 404, "chunk_not_found")
+
+
+async def test_if_match_names_the_version_of_the_document(client: httpx2.AsyncClient) -> None:
+    await library(client)
+    await document(client, "k", [1, 0, 0], [0, 1, 0])
+    whole = at("libraries", "shelf", "documents", "k")
+    before = ok(await client.get(whole))
+    first, second = await chunks(client, "k")
+    for tag in ('"2"', '"0"', '"77"', 'W/"999999999999999999"'):
+        stale = {"If-Match": tag}
+        for method, address, body in (
+            ("PATCH", path(first), {"metadata": {"a": 1}}),
+            ("DELETE", path(first), None),
+            ("DELETE", whole, None),
+        ):
+            told = problem(await client.request(method, address, json=body, headers=stale), 409, "version_mismatch")
+            wanted = tag.removeprefix("W/").strip('"')
+            assert told["sqlstate"] == "PS020"
+            assert told["detail"] == (
+                f"The document is at version 1, not {wanted}."
+                " Read the document again and repeat the change on what it is now."
+            )
+    for method in ("PATCH", "DELETE"):
+        wrong = {"If-Match": "one"}
+        problem(await client.request(method, path(first), json={}, headers=wrong), 400, "validation_failed")
+    assert (ok(await client.get(whole)), await chunks(client, "k")) == (before, [first, second])
+    etag = (await client.get(whole)).headers["etag"]
+    ok(await client.patch(path(first), json={"metadata": {"a": 1}}, headers={"If-Match": etag}))
+    ok(await client.patch(path(first), json={"metadata": {"b": 1}}, headers={"If-Match": "*"}))
+    problem(await client.delete(path(second), headers={"If-Match": etag}), 409, "version_mismatch")
+    again = {"If-Match": '"3"', "Idempotency-Key": "once"}
+    for _ in range(2):
+        ok(await client.delete(path(second), headers=again), 204)
+    ok(await client.delete(path(first), headers={"If-Match": "*"}), 204)
+    for tag in ('"5"', "*"):
+        problem(await client.delete(path(first), headers={"If-Match": tag}), 404, "chunk_not_found")
+    assert ok(await client.get(whole))["version"] == 5
+
+
+async def test_of_many_changes_of_one_version_one_is_done(client: httpx2.AsyncClient) -> None:
+    await library(client)
+    await document(client, "k", [1, 0, 0], [0, 1, 0], [0, 0, 1])
+    version = {"If-Match": '"1"'}
+    first, second, third = await chunks(client, "k")
+    writes = [client.patch(path(first), json={"metadata": {str(n): n}}, headers=version) for n in range(4)]
+    writes += [client.delete(path(chunk), headers=version) for chunk in (second, third)]
+    writes += [client.patch(at("libraries", "shelf", "documents", "k"), json={"title": "t"}, headers=version)]
+    answers = sorted(answer.status_code for answer in await asyncio.gather(*writes))
+    assert answers[0] in (200, 204) and answers[1:] == [409] * 6
+    assert ok(await client.get(at("libraries", "shelf", "documents", "k")))["version"] == 2
 
 
 async def test_a_chunk_belongs_to_one_library(client: httpx2.AsyncClient) -> None:

@@ -271,9 +271,12 @@ async def test_a_deletion_gives_nothing(connect, method, args, asked):
     assert script.asked == [asked]
 
 
-@pytest.mark.parametrize("method", ["add_document", "put_document", "update_document", "delete_document"])
+@pytest.mark.parametrize(
+    "method",
+    ["add_document", "put_document", "update_document", "delete_document", "update_chunk", "delete_chunk"],
+)
 async def test_if_match_sends_the_version_as_an_etag(connect, method):
-    script = Script(ok(DOCUMENT))
+    script = Script(ok(CHUNK if method == "update_chunk" else DOCUMENT))
     named = ("handbook",) if method == "add_document" else ("handbook", "vacuum")
     await getattr(connect(script), method)(*named, if_match=3)
     await getattr(connect(script), method)(*named)

@@ -39,11 +39,11 @@ def test_nothing_asynchronous_is_left():
 @pytest.mark.parametrize("name", ["_sync.py", "_async.py"])
 def test_a_change_on_either_side_is_drift(package, name):
     file = package / name
-    file.write_text(file.read_text().replace('"""Delete a chunk."""', '"""Delete one chunk."""'))
+    file.write_text(file.read_text().replace('"""Delete a chunk;', '"""Delete one chunk;'))
     before = (package / "_sync.py").read_text()
     done = generate("--check", package)
     assert done.returncode == 1
-    assert "Delete one chunk." in done.stdout
+    assert "Delete one chunk;" in done.stdout
     assert "run python sdk/generate.py" in done.stderr
     assert (package / "_sync.py").read_text() == before
 

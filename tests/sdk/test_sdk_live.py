@@ -67,6 +67,17 @@ async def test_a_document_that_changed_since_it_was_seen_is_not_replaced(shelf: 
     assert (await shelf.add_document("handbook", key="locks", text="Other.", if_match=version)).version > version
 
 
+async def test_a_chunk_is_changed_while_its_document_is_as_it_was_seen(shelf: Caller) -> None:
+    version = (await shelf.get_document("handbook", "locks")).version
+    [chunk] = await shelf.chunks("handbook", "locks")
+    assert (await shelf.update_chunk("handbook", chunk.id, metadata={"n": 1}, if_match=version)).metadata == {"n": 1}
+    for change, fields in ((shelf.update_chunk, {"metadata": {"n": 2}}), (shelf.delete_chunk, {})):
+        with pytest.raises(Conflict):
+            await change("handbook", chunk.id, if_match=version, **fields)
+    assert [found.metadata for found in await shelf.chunks("handbook", "locks")] == [{"n": 1}]
+    await shelf.delete_chunk("handbook", chunk.id, if_match=version + 1)
+
+
 @pytest.mark.parametrize("key", ["batch", "delete", "query", "update"])
 async def test_a_key_may_be_the_name_of_a_route(shelf: Caller, key: str) -> None:
     made = await shelf.put_document("handbook", key, text="Locks are held.")
