@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from pgshelf import database
 from pgshelf.connections import Connection
+from pgshelf.errors import invalid
 from pgshelf.http import Answer, Config, Engine, LibraryName, as_id, problems
 from pgshelf.idempotency import Write
 from pgshelf.ingest import DocumentInput, prepare
@@ -63,6 +64,8 @@ async def add_event(
 
     Sent again, it gets the same answer and changes nothing, whatever its document has become since.
     """
+    if data.id in (".", ".."):  # as a key it would be refused by a name that the client did not use
+        raise invalid("id", "means something else in an address; choose another id")
     event_id = as_id(data.id)  # many names of events are UUIDs, which no key can be
     key = data.id if event_id is None else event_id.urn
     document = DocumentInput(key=key, text=data.text, metadata=data.metadata)
