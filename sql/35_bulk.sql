@@ -1,9 +1,10 @@
 -- Writing many documents at once, and imports: what 30_documents.sql does for one, in a few statements for all of them.
 
 -- Inserts or replaces documents by their keys, no key twice; those without a key are new. Chunks come in arrays of their own: of which
--- document (1 for the first) and at which place in it. Documents that are there are locked in the order of their ids, as every writer
--- of several does, and new ones are inserted in the order of their keys, so that two such writes cannot deadlock. Their times of
--- creation are microseconds apart, as p_places says, so that a listing, and an export, has them in the order they came in.
+-- document (1 for the first) and at which place in it. New ones are inserted in the order of their keys, and only then those that are
+-- there are locked, in the order of their ids, as every writer of several does: who has locked one waits for no new one, so that such
+-- writes cannot deadlock. One that a deleter has taken meanwhile would be new: 40001, for the caller to begin again with no lock held.
+-- Their times of creation are microseconds apart, as p_places says, so that a listing, and an export, has them in the order they came in.
 create or replace function pgshelf.write_documents(
   p_library uuid, p_places int[], p_keys text[], p_titles text[], p_sources text[], p_metadata jsonb[],
   p_of int[], p_ordinals int[], p_texts text[], p_embeddings @vector@.vector[], p_chunk_metadata jsonb[])
@@ -13,33 +14,48 @@ as $$
 #variable_conflict use_column
 declare
   v_library pgshelf.libraries := pgshelf.lock_library(p_library);
+  v_hashes bytea[] := array(select coalesce(h.hash, sha256('[]')) from generate_subscripts(p_places, 1) s(n)
+    left join (select u.n, sha256(convert_to(array_to_json(array_agg(u.text order by u.ordinal))::text, 'UTF8')) as hash
+      from unnest(p_of, p_ordinals, p_texts) u(n, ordinal, text) group by u.n) h on h.n = s.n order by s.n);
+  v_numbers bigint[];
   v_ids uuid[];
-  v_new boolean[];
   v_fresh uuid[];
-  v_replaced uuid[];
+  v_there text[];
+  v_locked int;
 begin
-  perform 1 from pgshelf.documents d where d.library_id = p_library and d.key = any (p_keys) order by d.id for no key update;
   with given as materialized (
-    select u.n, gen_random_uuid() as id, now() + u.place * interval '1 microsecond' as moment, u.key, u.title, u.source, u.metadata
-    from unnest(p_places, p_keys, p_titles, p_sources, p_metadata) with ordinality u(place, key, title, source, metadata, n)),
-  hashed as (
-    select u.n, sha256(convert_to(array_to_json(array_agg(u.text order by u.ordinal))::text, 'UTF8')) as hash
-    from unnest(p_of, p_ordinals, p_texts) u(n, ordinal, text) group by u.n),
+    select u.n, gen_random_uuid() as id, now() + u.place * interval '1 microsecond' as moment, u.key, u.title, u.source, u.metadata, u.hash
+    from unnest(p_places, p_keys, p_titles, p_sources, p_metadata, v_hashes) with ordinality u(place, key, title, source, metadata, hash, n)
+    where not exists (select from pgshelf.documents d where d.library_id = p_library and d.key = u.key)),
   written as (
     insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata, content_hash, created_at, updated_at)
-    select pgshelf.place_of(p_library, g.id, v_library.fanout), p_library, g.id, g.key, g.title, g.source, g.metadata,
-      coalesce(h.hash, sha256('[]')), g.moment, g.moment
-    from given g left join hashed h on h.n = g.n order by g.key, g.n
-    on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
-      metadata = excluded.metadata, content_hash = excluded.content_hash, version = d.version + 1, updated_at = now()
-    returning d.id, d.key)
-  select array_agg(w.id order by g.n), array_agg(w.id = g.id order by g.n),
-    array_agg(w.id order by g.n) filter (where w.id = g.id), array_agg(w.id order by g.n) filter (where w.id <> g.id)
-    into v_ids, v_new, v_fresh, v_replaced
-    -- no key looks like an id
-    from given g join written w on coalesce(w.key, w.id::text) = coalesce(g.key, g.id::text);
-  return query select u.n::int, u.id, u.created, coalesce(c.pending, 0) from unnest(v_ids, v_new) with ordinality u(id, created, n)
-    left join pgshelf.put_chunks(v_library, v_ids, v_replaced is null, p_of, p_ordinals, p_texts, p_embeddings, p_chunk_metadata) c
+    select pgshelf.place_of(p_library, g.id, v_library.fanout), p_library, g.id, g.key, g.title, g.source, g.metadata, g.hash,
+      g.moment, g.moment
+    from given g order by g.key collate "C", g.n on conflict on constraint documents_key_key do nothing returning d.id)
+  select coalesce(array_agg(g.n), '{}'), coalesce(array_agg(g.id), '{}') into v_numbers, v_ids from given g join written w on w.id = g.id;
+  v_there := array(select u.key from unnest(p_keys) with ordinality u(key, n) where u.n <> all (v_numbers));
+  v_fresh := v_ids;
+  if v_there <> '{}' then
+    perform 1 from pgshelf.documents d where d.library_id = p_library and d.key = any (v_there) order by d.id for no key update;
+    get diagnostics v_locked = row_count;
+    if v_locked < cardinality(v_there) then
+      -- not caught here: who waits for a lock of an inner block waits for the whole transaction, even when that is rolled back
+      raise 'a document was deleted meanwhile' using errcode = '40001', hint = 'Repeat the transaction.';
+    end if;
+    -- all are there: so it is an update, by the index of the keys whatever the planner thinks of the library
+    with written as (
+      insert into pgshelf.documents as d (place, library_id, id, key, title, source, metadata, content_hash)
+      select 0, p_library, gen_random_uuid(), u.key, u.title, u.source, u.metadata, u.hash
+      from unnest(p_keys, p_titles, p_sources, p_metadata, v_hashes) u(key, title, source, metadata, hash) where u.key = any (v_there)
+      on conflict on constraint documents_key_key do update set title = excluded.title, source = excluded.source,
+        metadata = excluded.metadata, content_hash = excluded.content_hash, version = d.version + 1, updated_at = now()
+      returning d.id, d.key)
+    select v_numbers || array_agg(u.n), v_ids || array_agg(w.id) into v_numbers, v_ids
+      from unnest(p_keys) with ordinality u(key, n) join written w on w.key = u.key;
+  end if;
+  v_ids := array(select u.id from unnest(v_numbers, v_ids) u(n, id) order by u.n);
+  return query select u.n::int, u.id, u.id = any (v_fresh), coalesce(c.pending, 0) from unnest(v_ids) with ordinality u(id, n)
+    left join pgshelf.put_chunks(v_library, v_ids, v_there = '{}', p_of, p_ordinals, p_texts, p_embeddings, p_chunk_metadata) c
       on c.document_id = u.id;
   perform pgshelf.documents_written(v_library, v_ids);
 end $$;

@@ -88,13 +88,13 @@ async def add_documents(
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
         if not bulk.is_whole(items):
-            return await once.run(write)
+            return await bulk.without_refused(lambda: once.run(write))
         try:
             return await once.run(write_whole, single=True, recording=True)
         except (psycopg.Error, UnicodeError) as error:
             if problem_of(error).status not in bulk.OWN_STATUSES:
                 raise
-        return await once.run(write)
+        return await bulk.without_refused(lambda: once.run(write))
 
     return await asked_again(prepare_and_write)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -26,6 +28,7 @@ from pgshelf.write_documents(pgshelf.embedded_with(%s, %s), %b::int[], %b::text[
 %b::jsonb[], %b::int[], %b::int[], %b::text[], %b, %b::jsonb[])"""
 REFUSED = "select n, state, message, hint from pgshelf.refused_documents(%s, %b::text[], %b::int[], %b::int[], %b)"
 VECTOR_STATES = {"PS010", "PS011", "PS012", "PS013"}
+T = TypeVar("T")
 OWN_STATUSES = {400, 413, 422}  # problems of a document itself, which leave all others as they are
 
 
@@ -134,52 +137,84 @@ def is_whole(items: Sequence[Item]) -> bool:
     return len(set(keys)) == len(keys) and all(item.prepared for item in items)
 
 
-async def write(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> None:
-    """Write all documents that can be, within the transaction of `connection`, and note what became of each.
+class Refused(Exception):
+    """Documents turned out to be refused; they are marked, and the others can be written in another transaction."""
 
-    They are written as if one by one, in order. Raises what is no document's own fault, such as PS041 when the library
-    has another embedder than the one of `config` that made vectors.
+
+async def without_refused(work: Callable[[], Awaitable[T]]) -> T:
+    """Do `work`, a transaction that ends in `write`, until the documents that are left can be written."""
+    while True:
+        with contextlib.suppress(Refused):
+            return await work()
+
+
+async def write(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> None:
+    """Write the documents that are not refused, within the transaction of `connection`, and note what became of each.
+
+    They are written as if one by one, in order. Raises `Refused` where more of them are, and what is no document's own
+    fault, such as PS041 when the library has another embedder than the one of `config` that made vectors.
     """
-    wave: list[Item] = []
-    keys: set[str] = set()
+    # A key that comes again replaces what this write has just made: in the second wave. The first one has all keys and
+    # locks them as SQL says; those behind it want nothing that is not theirs. So none can be left out on the way.
+    waves: list[list[Item]] = []
+    seen: Counter[str] = Counter()
     for item in items:
         if item.prepared is None:
             continue
-        if item.key is not None and item.key in keys:  # replaces what this write has just made
-            await _write(connection, config, wave)
-            wave, keys = [], set()
+        wave = 0 if item.key is None else seen[item.key]
         if item.key is not None:
-            keys.add(item.key)
-        wave.append(item)
-    await _write(connection, config, wave)
+            seen[item.key] += 1
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(item)
+    for found in waves:
+        parameters = _parameters(config, found)
+        try:
+            async with database.savepoint(connection):
+                rows = await database.rows(connection, WRITE, *parameters)
+        except (psycopg.Error, UnicodeError) as error:
+            await _refuse(connection, config, found, _own(error))
+            if all(item.prepared for item in found):
+                raise
+            raise Refused from None
+        _note(found, rows)
 
 
-async def _write(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> None:
-    if not items:
+def _own(error: Exception) -> Problem:
+    problem = problem_of(error)
+    if problem.status not in OWN_STATUSES:
+        raise error
+    return problem
+
+
+async def _refuse(connection: Connection, config: LibraryConfig, items: Sequence[Item], problem: Problem) -> None:
+    """Refuse those at fault of documents that cannot be written together; nothing is written."""
+    if len(items) == 1:
+        items[0].refuse(problem)
         return
-    parameters = _parameters(config, items)
-    try:
-        async with database.savepoint(connection):
-            rows = await database.rows(connection, WRITE, *parameters)
-    except (psycopg.Error, UnicodeError) as error:
-        problem = problem_of(error)
-        if problem.status not in OWN_STATUSES:
-            raise
-        if len(items) == 1:
-            items[0].refuse(problem)
-            return
-        refused = []
-        if problem.sqlstate in VECTOR_STATES:
-            _, _, _, keys, _, _, _, of, ordinals, _, vectors, _ = parameters
-            refused = await database.rows(connection, REFUSED, config.id, keys, of, ordinals, vectors)
+    if problem.sqlstate in VECTOR_STATES:
+        _, _, _, keys, _, _, _, of, ordinals, _, vectors, _ = _parameters(config, items)
+        refused = await database.rows(connection, REFUSED, config.id, keys, of, ordinals, vectors)
         for n, state, message, hint in refused:
             items[n - 1].refuse(problem_of_state(state, message, hint))
-        rest = [item for item in items if item.prepared]
-        middle = len(rest) if refused else len(rest) // 2
-        await _write(connection, config, rest[:middle])
-        await _write(connection, config, rest[middle:])
-    else:
-        _note(items, rows)
+        if refused:
+            return
+    middle = len(items) // 2
+    for half in (items[:middle], items[middle:]):
+        if found := await _tried(connection, config, half):
+            await _refuse(connection, config, half, found)
+
+
+async def _tried(connection: Connection, config: LibraryConfig, items: Sequence[Item]) -> Problem | None:
+    """What is wrong with documents; those that could be written are not, lest their locks be held."""
+    try:
+        async with database.savepoint(connection):
+            await database.rows(connection, WRITE, *_parameters(config, items))
+            raise Refused
+    except Refused:
+        return None
+    except (psycopg.Error, UnicodeError) as error:
+        return _own(error)
 
 
 def _note(items: Sequence[Item], rows: Sequence[tuple[Any, ...]]) -> None:

@@ -207,12 +207,17 @@ async def execute(connection: Connection, statement: sqlalchemy.Executable) -> l
 
 
 async def retried(
-    source: Source, work: Callable[[Connection], Awaitable[T]], *, single: bool = False, written: bool = False
+    source: Source,
+    work: Callable[[Connection], Awaitable[T]],
+    *,
+    single: bool = False,
+    written: bool = False,
+    attempts: int = RETRIES,
 ) -> T:
     """Do `work` in a transaction; after a deadlock, a serialization failure or a stale connection in another one."""
     if not isinstance(source, sqlalchemy.Engine):
         return await source.retried(work, single=single)
-    for attempt in range(RETRIES):
+    for attempt in range(attempts):
         try:
             async with transaction(source, single=single, written=written) as connection:
                 return await work(connection)
@@ -220,7 +225,7 @@ async def retried(
             # a session that an administrator ended, as a server does that stops, has done nothing of this
             ended = isinstance(error, psycopg.errors.AdminShutdown)
             again = isinstance(error, RETRIED) or (attempt == 0 and (ended or is_stale(error)))
-            if not again or attempt == RETRIES - 1:
+            if not again or attempt == attempts - 1:
                 raise
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
     raise AssertionError("unreachable")

@@ -34,6 +34,7 @@ LEASE = timedelta(seconds=15)
 BEAT = 5.0  # seconds between two renewals of the lease
 BATCH_BYTES = 4 * 1024 * 1024  # of lines in one batch; what is made of them may be twice as much
 BATCH_CHUNKS = 2000  # in one batch: some tenths of a second
+ATTEMPTS = 8  # to write a batch that others cross, for nobody else can repeat it: 2.5 s of waits at most
 PAUSE = 1.0  # seconds without a line after which what has come is committed
 SHORT, LONG = 0.5, 2.0  # seconds; a batch that takes longer is followed by a smaller one
 PIECE = 256 * 1024  # bytes that are unpacked at a time
@@ -324,7 +325,7 @@ class Import:
                 # a provider that fails leaves the texts to the worker
                 await bulk.embed_new(self.engine, self.settings, self.library, part.items)
             await self.again(str(self.library.id))  # the body may have come for hours
-            await database.retried(self.engine, write, written=True)
+            await bulk.without_refused(lambda: database.retried(self.engine, write, written=True, attempts=ATTEMPTS))
 
         # a batch is bounded, so it may take what it takes: rows go slowly into an index that is there
         going_on = "select set_config('statement_timeout', '0', true), pgshelf.continue_import(%s, %s, %s, %s, %s)"

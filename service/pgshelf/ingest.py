@@ -134,6 +134,8 @@ def _check(data: DocumentInput, document_id: UUID | None, settings: Settings) ->
         raise invalid("key", "cannot be changed; leave it out when putting a document by its id")
     limits.bounded_text(data.title, settings.max_title_length, "title")
     limits.bounded_text(data.source, settings.max_title_length, "source")
+    for path in ("key", "title", "source", "text"):
+        limits.storable(getattr(data, path), path)
     if (data.text is None) == (data.chunks is None):
         raise invalid("text", "give either text or chunks")
 
@@ -156,6 +158,7 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
         paths = [f"chunks[{index}].text" for index in range(len(given))]
         for chunk, path in zip(given, paths, strict=True):
             limits.required_text(chunk.text, settings.max_chunk_length, path)
+            limits.storable(chunk.text, path)
     if len(given) > settings.max_chunks:
         detail = f"would make {len(given)} chunks, at most {settings.max_chunks} are allowed; split the document"
         raise invalid("text" if data.text is not None else "chunks", detail)

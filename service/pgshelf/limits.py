@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 from pgvector import Vector
 from psycopg.types.json import Jsonb
 
-from pgshelf.errors import Problem, invalid
+from pgshelf.errors import SILENT, Problem, invalid
 from pgshelf.settings import Settings
 
 MAX_DIMENSION = 16_000  # of pgvector's type vector
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON, where a backslash of the text itself is doubled
 
 
 def required_text(value: str, limit: int, path: str) -> str:
@@ -31,6 +33,16 @@ def bounded_text(value: str | None, limit: int, path: str) -> str | None:
     return value
 
 
+def storable(value: str | None, path: str) -> None:
+    """Refuse a text that PostgreSQL would refuse: among many documents it would hold up the others there."""
+    if value is not None and "\x00" in value:
+        raise _unstorable(path)
+
+
+def _unstorable(path: str) -> Problem:
+    return Problem("invalid_text", f"{path}: {SILENT['invalid_text']}")
+
+
 def metadata(value: dict[str, Any], settings: Settings, path: str = "metadata") -> Jsonb:
     """Metadata as a parameter, within its size in bytes and its depth."""
     if _deeper_than(value, settings.max_metadata_depth):
@@ -42,6 +54,8 @@ def metadata(value: dict[str, Any], settings: Settings, path: str = "metadata") 
         raise invalid(path, "holds something that is not JSON, or a number that JSON cannot express") from None
     if size > settings.max_metadata_bytes:
         raise invalid(path, f"has {size} bytes, at most {settings.max_metadata_bytes} are allowed")
+    if "\\u0000" in text and NUL.search(text):
+        raise _unstorable(path)
     return Jsonb(value, dumps=lambda _: text)
 
 

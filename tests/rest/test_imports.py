@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import json
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -419,3 +420,76 @@ async def test_an_import_whose_client_falls_silent_ends(
     assert (last["error"]["code"], last["committed_lines"]) == ("request_timeout", 2)
     found = await send(client, lines(entry("a"), entry("b"), entry("c")), **{"Idempotency-Key": "n"})
     assert found[-1] == done(lines=3, skipped=2, created=1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_batches_that_repeat_keys_do_not_deadlock(
+    make_client: MakeClient, make_settings: MakeSettings, database_url: str, there: bool
+) -> None:
+    """A deadlock would last until the lock timeout, and be told as such."""
+    patient = psycopg.conninfo.make_conninfo(database_url, options="-c deadlock_timeout=1min")
+    client = await make_client(make_settings(patient, worker_enabled=False, lock_timeout=5))
+    await library(client)
+    keys = [f"k{n}" for n in range(20)]
+    if there:
+        ok(await client.post(BATCH, json={"documents": [entry(key) for key in keys]}))
+
+    async def write(order: list[str]) -> list[int]:
+        given = [entry(key, title=str(n)) for key in order for n in range(2)]
+        told = []
+        for _ in range(10):
+            results = ok(await client.post(BATCH, json={"documents": given}))["results"]
+            told += [item["status"] for item in results]
+        return told
+
+    both = await asyncio.gather(write(keys), write(keys[::-1]))
+    assert set(both[0] + both[1]) <= {200, 201}
+    assert (both[0] + both[1]).count(201) == (0 if there else 20)
+    stored = await pages(client, at("libraries", "shelf", "documents"), 100)
+    assert {(item["title"], item["version"]) for item in stored} == {("1", 41 if there else 40)}
+
+
+async def test_batches_and_imports_with_bad_documents_do_not_deadlock(
+    make_client: MakeClient, make_settings: MakeSettings, database_url: str
+) -> None:
+    patient = psycopg.conninfo.make_conninfo(database_url, options="-c deadlock_timeout=1min")
+    client = await make_client(make_settings(patient, worker_enabled=False, lock_timeout=5))
+    await library(client)
+    rng = random.Random(4711)
+
+    def some(count: int) -> list[dict[str, Any]]:
+        faults: list[dict[str, Any]] = [
+            {"title": "\0"},
+            {"metadata": {"a": "\\\0"}},
+            {"chunks": [{"text": "no vector"}]},
+        ]
+        return [
+            entry(f"k{n}", **(rng.choice(faults) if rng.random() < 0.1 else {})) for n in rng.sample(range(40), count)
+        ]
+
+    async def write() -> None:
+        for _ in range(8):
+            results = ok(await client.post(BATCH, json={"documents": some(12)}))["results"]
+            assert {item["status"] for item in results} <= {200, 201, 400, 422}
+
+    async def fill() -> None:
+        for _ in range(4):
+            found = await send(client, lines(*some(30), *some(30)))
+            assert found[-1]["lines"] == 60
+
+    await asyncio.gather(*[write() for _ in range(4)], *[fill() for _ in range(2)])
+
+
+async def test_documents_that_cannot_be_stored_cost_no_statement(
+    client: httpx2.AsyncClient, statements: list[str]
+) -> None:
+    await library(client)
+    bad = [entry("a", title="\0"), entry("b", source="\0"), entry("c\0"), entry("d", metadata={"a": ["\\\\\0"]})]
+    given = [*bad, {"text": "\0"}, {"chunks": [{"text": "a\0"}]}, entry("good", metadata={"a": "\\u0000"})]
+    results = ok(await client.post(BATCH, json={"documents": given}))["results"]
+    assert [item["status"] for item in results] == [400] * 6 + [201]
+    assert {item["error"]["code"] for item in results[:6]} == {"invalid_text"}
+    assert results[0]["error"]["detail"].startswith("title: ")
+    assert sum("write_documents" in statement for statement in statements) == 1
+    stored = ok(await client.get(at("libraries", "shelf", "documents", "good")))
+    assert stored["metadata"] == {"a": "\\u0000"}
