@@ -39,6 +39,10 @@ class DocumentResult(msgspec.Struct, omit_defaults=True):
     error: Annotated[bulk.DocumentProblem | None, Meta(description="Why it was not written.")] = None
 
 
+class NothingWritten(Exception):
+    """A batch none of whose documents was written, and not for their own faults alone: its answer is not kept."""
+
+
 class DocumentResults(msgspec.Struct):
     """What became of several documents."""
 
@@ -80,21 +84,30 @@ async def add_documents(
 
         async def write(connection: Connection) -> Answer[DocumentResults]:
             await bulk.write(connection, config, items)
+            problems = [item.problem for item in items if item.problem]
+            if len(problems) == len(items) and any(problem.status >= 500 for problem in problems):
+                raise NothingWritten
             once.note(count=sum(item.problem is None for item in items))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
+
+        async def partly() -> Answer[DocumentResults]:
+            try:
+                return await bulk.without_refused(lambda: once.run(write))
+            except NothingWritten:  # the provider may be back when the same key comes again
+                return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
         async def write_whole(connection: Connection) -> Answer[DocumentResults]:
             await bulk.write_whole(connection, config, items, lambda text: once.recording(text, count=len(items)))
             return Answer(DocumentResults([_result(item) for item in items]), status_code=200)
 
         if not bulk.is_whole(items):
-            return await bulk.without_refused(lambda: once.run(write))
+            return await partly()
         try:
             return await once.run(write_whole, single=True, recording=True)
         except (psycopg.Error, UnicodeError) as error:
             if problem_of(error).status not in bulk.OWN_STATUSES:
                 raise
-        return await bulk.without_refused(lambda: once.run(write))
+        return await partly()
 
     return await asked_again(prepare_and_write)
 
