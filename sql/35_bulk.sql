@@ -95,7 +95,7 @@ begin
             from unnest($4, $5, $6, $7, $8) u(n, ordinal, text, embedding, metadata) join unnest($10) with ordinality d(id, n) on d.n = u.n
             where not exists (select 1 from %s c where c.library_id = $2 and c.document_id = d.id and c.ordinal = u.ordinal)) w
       join (select x.id, pgshelf.place_of($2, x.id, $9) as place from unnest($10) x(id)) d on d.id = w.document_id
-      left join (select x.*, row_number() over (partition by x.document_id, x.text order by x.ordinal) as nth
+      left join (select x.*, row_number() over (partition by x.document_id, x.text order by x.embedding is null, x.ordinal) as nth
                  from unnest($11) x) o on o.document_id = w.document_id and o.text = w.text and o.nth = w.nth $sql$, v_table);
   end if;
   for document_id, pending in execute format($sql$

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
@@ -79,12 +79,12 @@ async def embed_new(
     able = [(item, item.prepared) for item in items if item.prepared]
     keys = [item.key for item, _ in able if item.key is not None]
     rows = await database.run(engine, "select * from pgshelf.embedded_texts_of(%s, %b::text[])", config.id, keys)
-    known = {(key, text) for key, text in rows}
+    known: defaultdict[str | None, Counter[str]] = defaultdict(Counter)
+    for key, text in rows:
+        known[key][text] += 1
+    # taken away with its first document: what the next one of the key finds is what that has written
     missing = [
-        (item, document, index)
-        for item, document in able
-        for index, text in enumerate(document.texts)
-        if document.vectors[index] is None and (item.key, text) not in known
+        (item, document, index) for item, document in able for index in document.missing(known.pop(item.key, Counter()))
     ]
     brought = [
         text

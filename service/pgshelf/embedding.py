@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -70,10 +71,10 @@ async def library_config(engine: database.Source, library: str) -> LibraryConfig
 
 async def config_and_texts(
     engine: database.Source, library: str, document: UUID | None, key: str | None
-) -> tuple[LibraryConfig, frozenset[str]]:
-    """A library by name or id, and the texts of a document, named by its id or its key, that have vectors already."""
+) -> tuple[LibraryConfig, Counter[str]]:
+    """A library by name or id, and how often each text of a document, named by its id or key, has a vector already."""
     *config, texts = (await database.run(engine, CONFIG, library, document, key))[0]
-    return LibraryConfig(*config), frozenset(texts or ())
+    return LibraryConfig(*config), Counter(texts or ())
 
 
 _known: WeakKeyDictionary[sqlalchemy.Engine, dict[str, dict[str, Any]]] = WeakKeyDictionary()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections import Counter
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -86,6 +86,16 @@ class Prepared(msgspec.Struct):
         maker = Jsonb(self.library.embedder) if self.made else None
         about = (self.library.id, maker, self.document_id, self.key, self.title, self.source, self.metadata)
         return (*about, self.texts, given, self.chunk_metadata)
+
+    def missing(self, known: Counter[str]) -> list[int]:
+        """Places of texts that need a vector where the stored document has vectors of the texts that are `known`.
+
+        A text that comes more often than it is known needs one at each of its places: SQL decides which chunks stay.
+        """
+        wanted = Counter(self.texts)
+        return [
+            index for index, text in enumerate(self.texts) if self.vectors[index] is None and wanted[text] > known[text]
+        ]
 
 
 INLINE_TEXT = 20_000  # characters
@@ -172,10 +182,10 @@ async def _passages(data: DocumentInput, config: LibraryConfig, settings: Settin
     return [chunk.text for chunk in given], vectors, metadata, paths
 
 
-async def _embed_new(engine: sqlalchemy.Engine, settings: Settings, prepared: Prepared, known: Collection[str]) -> None:
+async def _embed_new(engine: sqlalchemy.Engine, settings: Settings, prepared: Prepared, known: Counter[str]) -> None:
     """Embed, before anything is written, the texts that the stored document does not hold already (`known`)."""
     config, texts, vectors = prepared.library, prepared.texts, prepared.vectors
-    missing = [index for index, text in enumerate(texts) if vectors[index] is None and text not in known]
+    missing = prepared.missing(known)
     if config.embedder["provider"] == "none":  # what is missing is refused when it is written
         missing = []
     brought = [text for text, vector in zip(texts, vectors, strict=True) if vector is not None]

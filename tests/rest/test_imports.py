@@ -16,7 +16,9 @@ import psycopg
 import pytest
 
 from pgshelf import imports
+from tests.cohere_server import status
 from tests.conftest import LiveServer, MakeClient, MakeSettings
+from tests.openai_server import OpenAIServer
 from tests.rest.asking import at, chunks, document, library, local, ok, pages, problem, until
 
 IMPORT = at("libraries", "shelf", "import")
@@ -493,3 +495,43 @@ async def test_documents_that_cannot_be_stored_cost_no_statement(
     assert sum("write_documents" in statement for statement in statements) == 1
     stored = ok(await client.get(at("libraries", "shelf", "documents", "good")))
     assert stored["metadata"] == {"a": "\\u0000"}
+
+
+async def test_texts_that_come_more_often_than_they_are_known_are_embedded_at_once(client: httpx2.AsyncClient) -> None:
+    await local(client)
+    one = at("libraries", "shelf", "documents", "k")
+    ok(await client.put(one, json={"text": "T text"}), 201)
+    given = [{"key": "k", "text": "X text"}, {"key": "k", "text": "T text"}]
+    results = ok(await client.post(BATCH, json={"documents": given}))["results"]
+    assert [item["status"] for item in results] == [200, 200]
+    twice = {"chunks": [{"text": "new in front"}, {"text": "T text"}, {"text": "T text"}]}
+    results = ok(await client.post(BATCH, json={"documents": [{"key": "k", **twice}]}))["results"]
+    assert [item["status"] for item in results] == [200]
+    ok(await client.put(one, json={"text": "T text"}))
+    for _ in range(2):
+        answer = await client.put(one, json=twice, headers={"Idempotency-Key": "twice"})
+        assert ok(answer)["status"] == "ready"
+
+
+async def test_a_batch_of_which_a_failing_provider_let_nothing_through_may_be_sent_again(
+    database_url: str, make_settings: MakeSettings, make_client: MakeClient, openai_server: OpenAIServer
+) -> None:
+    known = {"openai_api_key": openai_server.key, "openai_base_url": openai_server.base_url}
+    client = await make_client(make_settings(database_url, **known, circuit_failures=100, worker_enabled=False))
+    await library(client, dimension=16, embedder={"provider": "openai", "model": "bge-of-tests"})
+    given = {"documents": [{"key": "a", "text": "one"}, {"key": "b", "text": " "}]}
+    some = {"documents": [*given["documents"], {"key": "c", "chunks": []}]}
+
+    async def send_batch(body: dict[str, Any], name: str) -> tuple[list[int], bool]:
+        answer = await client.post(BATCH, json=body, headers={"Idempotency-Key": name})
+        statuses = [item["status"] for item in ok(answer)["results"]]
+        return statuses, "idempotent-replayed" in answer.headers
+
+    openai_server.outage = status(401)
+    for _ in range(2):
+        assert await send_batch(given, "nothing") == ([502, 400], False)
+    assert await send_batch(some, "some") == ([502, 400, 201], False)
+    openai_server.outage = None
+    assert await send_batch(given, "nothing") == ([201, 400], False)
+    assert await send_batch(given, "nothing") == ([201, 400], True)
+    assert await send_batch(some, "some") == ([502, 400, 201], True)
