@@ -49,7 +49,8 @@ def verify(data: Path, programs: Path) -> Manifest:
     if hashlib.sha256(text[: text.rindex(b'"Manifest-Checksum"')]).hexdigest() != manifest.checksum:
         raise BackupError(f"the manifest of {data} is not as it was written")
     expected = {file.name: file for file in manifest.files}
-    there = {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file() and path.parent.name != "pg_wal"}
+    files = (path.relative_to(data) for path in data.rglob("*") if path.is_file())
+    there = {str(path) for path in files if path.parts[0] != "pg_wal"}  # the WAL is read below
     for name in sorted((there ^ set(expected)) - CHANGES):
         raise BackupError(f"{data / name} is {'missing' if name in expected else 'not in the manifest'}")
     for name in sorted(set(expected) - CHANGES):

@@ -190,6 +190,8 @@ def test_another_postgresql_is_backed_up_and_restored(shelf: Shelf, target: str)
         url = f"postgresql://postgres@/pgshelf?host={shelf.server.socket_dir}&port=5433"
         wait_until(lambda: ask(url, "select not pg_is_in_recovery()"))
         assert ask(url, WROTE) == ["before", "first"]
+        again = base_backup.take(claimed(store, url), [embedded.bin_dir(shelf.version)], {"PATH": os.defpath})
+        assert (again.state, again.error, again.timeline) == ("done", None, 2)
     finally:
         server._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(place))
 
