@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 from datetime import UTC, datetime
@@ -12,6 +13,13 @@ import msgspec
 
 from pgshelf.backup_manifest import verify
 from pgshelf.backups import Backup, BackupError, Backups
+
+AUTO = "postgresql.auto.conf"
+OURS = "^ *(recovery_target|restore_command|recovery_end_command)"
+FORGET = (
+    f"LC_ALL=C grep -Eiv '{OURS}' {AUTO} > {AUTO}.new; "  # it ends with 1 where nothing else is in there
+    f"test $? -le 1 && sync {AUTO}.new && mv {AUTO}.new {AUTO}"
+)
 
 
 class Recovery(msgspec.Struct, frozen=True):
@@ -34,14 +42,16 @@ class Recovery(msgspec.Struct, frozen=True):
         """What PostgreSQL is told. Always a recovery: so what is restored has a timeline of its own, and no WAL of the
         server that it was taken from is ever written again.
         """
+        targets = {
+            "recovery_target": "",
+            "recovery_target_xid": "",
+            "recovery_target_time": "" if self.time is None else f"{self.time.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f+00}",
+            "recovery_target_lsn": self.lsn or "",
+            "recovery_target_name": self.name or "",
+        }
         found = {"restore_command": restore_command(self.archive), "recovery_target_action": "promote"}
-        if self.time is not None:
-            found["recovery_target_time"] = f"{self.time.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f+00}"
-        if self.lsn is not None:
-            found["recovery_target_lsn"] = self.lsn
-        if self.name is not None:
-            found["recovery_target_name"] = self.name
-        return found
+        # the one that is set comes last: PostgreSQL takes an empty one after it for a second target
+        return found | dict(sorted(targets.items(), key=lambda target: target[1] != ""))
 
 
 def number(lsn: str) -> int:
@@ -90,11 +100,15 @@ def restore(store: Backups, backup: Backup, pgdata: Path, programs: Path) -> Non
 
 
 def prepare(pgdata: Path, recovery: Recovery) -> None:
-    """Write down for the server's next start to where it is recovered."""
-    with (pgdata / "postgresql.auto.conf").open("a") as config:
-        config.write("# written by pgshelf restore; of no use once the server has started\n")
-        for name, value in recovery.settings().items():
-            config.write(f"{name} = {quoted(value)}\n")
+    """Write down for the server's next start to where it is recovered.
+
+    It takes that out again when it has been recovered: a standby that is copied from it would stop there, too.
+    """
+    config = pgdata / AUTO
+    kept = re.sub(f"(?im){OURS}.*\n?".encode(), b"", config.read_bytes())
+    told = {**recovery.settings(), "recovery_end_command": FORGET}
+    ours = [f"{name} = {quoted(value)}\n" for name, value in told.items()]
+    config.write_bytes(kept + os.fsencode("".join(ours)))
 
 
 def quoted(value: str) -> str:

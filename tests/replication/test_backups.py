@@ -190,10 +190,24 @@ def test_another_postgresql_is_backed_up_and_restored(shelf: Shelf, target: str)
         url = f"postgresql://postgres@/pgshelf?host={shelf.server.socket_dir}&port=5433"
         wait_until(lambda: ask(url, "select not pg_is_in_recovery()"))
         assert ask(url, WROTE) == ["before", "first"]
+        auto = (place / "postgresql.auto.conf").read_text()
+        assert "recovery_" not in auto and "restore_command" not in auto  # a standby copied from it would stop there
+        left = "recovery_target_time = '2026-01-01'\nwork_mem = '5MB'\nRestore_Command = '2026-01-01'\n"
+        (place / "postgresql.auto.conf").write_text(f"{auto}{left}")
         again = base_backup.take(claimed(store, url), [embedded.bin_dir(shelf.version)], {"PATH": os.defpath})
         assert (again.state, again.error, again.timeline) == ("done", None, 2)
     finally:
         server._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(place))
+    last = shelf.place / f"last{target}"
+    told = run(
+        "restore", again.id, "--from", str(store.directory), "--to", str(last), "--to-name", "then", **shelf.environment
+    )
+    assert told.exit_code == 0, told.output
+    found = (last / "postgresql.auto.conf").read_text()
+    assert "work_mem" in found and "2026-01-01" not in found
+    lines = [line for line in found.splitlines() if line.startswith("recovery_target")]
+    assert lines.count("recovery_target_name = 'then'") == 1 and "recovery_target_time = ''" in lines
+    assert sum("''" in line for line in lines) == 4 and len(lines) == 6
 
 
 def forget(data: Path, name: str) -> None:
