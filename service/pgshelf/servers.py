@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
@@ -34,7 +33,8 @@ LAG_BYTES = Gauge(
 )
 READS = Counter("pgshelf_replica_reads", "Transactions that read, by the server that answered.", ["server"])
 
-ROUND = 600  # answers of the primary that are remembered, to tell how old a replica is
+ROUND = 600  # answers of the primary that are remembered, to tell how old a replica is; then they are thinned
+COARSE = 1.05  # how far from its age a replica may then be told to be
 POLLS = (0.001, 0.002, 0.004, 0.008)  # seconds between questions while somebody waits for a replica
 # What is asked about again and again, so it reads shared memory only. A standby that is told nothing by a primary, or
 # whose receiver this role may not see, knows its timeline from its last restart point.
@@ -45,9 +45,11 @@ FAR = """case when r.standby then coalesce((select w.received_tli from pg_catalo
     else pg_catalog.pg_current_wal_flush_lsn() end - '0/0')::bigint"""
 REACHED = f"select r.standby, {FAR} from (select pg_catalog.pg_is_in_recovery() as standby) r"  # noqa: S608 - constants
 PROBE = f"""select r.standby, {FAR}, (select s.system_identifier from pg_catalog.pg_control_system() s),
-  case when pg_catalog.pg_last_wal_receive_lsn() <= pg_catalog.pg_last_wal_replay_lsn() then 0 else
-    extract(epoch from clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp()) end::float8
-from (select pg_catalog.pg_is_in_recovery() as standby) r"""  # noqa: S608 - constants
+  case when pg_catalog.pg_last_wal_receive_lsn() <= pg_catalog.pg_last_wal_replay_lsn() then 0
+    else r.since end, r.since
+from (select pg_catalog.pg_is_in_recovery() as standby,
+  extract(epoch from clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp())::float8 as since
+) r"""  # noqa: S608 - constants
 
 
 class ServerState(msgspec.Struct, frozen=True):
@@ -71,6 +73,7 @@ class Server:
         self.standby: bool | None = None
         self.position: Position | None = None
         self.estimate: float | None = None  # the server's own idea of its lag, in seconds
+        self.replayed: float | None = None  # when the last commit was made that it shows, by the clock of this process
         self.error: str | None = None
         self.host: tuple[str, int] | None = None  # that the last answer came from
         self.answered = asyncio.Event()  # once
@@ -118,12 +121,13 @@ class Server:
             if silence is not None:
                 silence.cancel()
         assert row is not None  # noqa: S101 - narrows the type: the statement has one row
-        standby, timeline, lsn, system, estimate = row
+        standby, timeline, lsn, system, estimate, since = row
         position = None if lsn is None or timeline is None else Position(system % 2**64, timeline, lsn)
         info = self._connection.info
         host = (info.host, info.port)
         before, self.position, self.host = self.position, position, host
         self.standby, self.estimate, self.error = standby, estimate, None
+        self.replayed = None if since is None else time.monotonic() - since
         if not self.reachable:
             log.info("%s answers: %s", self.name, "a standby" if standby else "a primary")
             self.reachable = True
@@ -193,7 +197,7 @@ class Primary(Server):
         super().__init__("primary", settings, url)
         self.engine = engine
         self.beside = questions.Beside(settings, url, "auth", self.opening)
-        self._past: deque[tuple[float, int]] = deque(maxlen=ROUND)
+        self._past: list[tuple[float, int]] = []
         self._open = _open_connections(engine)
 
     def heard(self, before: Position | None) -> None:
@@ -207,6 +211,8 @@ class Primary(Server):
                 if (connection.info.host, connection.info.port) != self.host:
                     connection.cut()
         self._past.append((time.monotonic(), self.position.lsn))
+        if len(self._past) > ROUND:
+            self._past = _thinned(self._past)
 
     def lost(self, error: BaseException, *, silent: bool = False) -> None:
         """It failed; what is asked about callers need not wait for it."""
@@ -219,13 +225,16 @@ class Primary(Server):
         """How far it was when it last answered, as a primary."""
         return None if self.standby or not self._past else self.position
 
-    def age(self, lsn: int) -> float:
-        """For how long it had had more than this, in seconds, when it last answered; that long at least."""
+    def age(self, lsn: int, replayed: float | None) -> float:
+        """For how long it had had more than this, in seconds, when it last answered; that long at least.
+
+        What is older than all that is remembered is as old as the last commit that is in it.
+        """
         last = self._past[-1][0]
         for moment, end in reversed(self._past):
             if end <= lsn:
                 return last - moment
-        return last - self._past[0][0]
+        return max(last - self._past[0][0], math.inf if replayed is None else last - replayed)
 
     async def close(self) -> None:
         """Give back what it holds, but for the pool, which is not its own."""
@@ -265,8 +274,8 @@ class Replica(Server):
         if known is None:
             return (None, None) if self.estimate is None else (0, self.estimate)
         if known.timeline > self.position.timeline:  # on its way to the new primary, if it gets there
-            return max(0, known.lsn - self.position.lsn), self._primary.age(0)
-        return max(0, known.lsn - self.position.lsn), self._primary.age(self.position.lsn)
+            return max(0, known.lsn - self.position.lsn), self._primary.age(0, self.replayed)
+        return max(0, known.lsn - self.position.lsn), self._primary.age(self.position.lsn, self.replayed)
 
     @property
     def state(self) -> State:
@@ -323,6 +332,15 @@ class Replica(Server):
         await super().close()
         await self.beside.close()
         await pools.close(self.engine)
+
+
+def _thinned(past: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The older, the coarser, back to the first: the span is that of the service, whatever the settings are."""
+    now, kept = past[-1][0], [past[-1]]
+    for each, older in zip(past[-2:0:-1], past[-3::-1], strict=True):
+        if now - older[0] > COARSE * (now - kept[-1][0]):
+            kept.append(each)
+    return [past[0], *reversed(kept)]
 
 
 def _open_connections(engine: sqlalchemy.Engine) -> set[connections.Connection]:

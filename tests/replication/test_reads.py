@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from prometheus_client import REGISTRY
 
-from pgshelf import database, pools, replicas
+from pgshelf import database, pools, replicas, servers
 from pgshelf.consistency import Position
 from tests.collector import attributes, collecting
 from tests.conftest import MakeLiveServer, MakeSettings
@@ -260,6 +260,46 @@ async def test_a_standby_far_behind_is_left(cluster: Cluster, serve: Serve) -> N
         victim.ask("select pg_wal_replay_resume()")
     cluster.caught_up()
     await serves_again(client, made, victim)
+
+
+async def test_a_service_that_starts_later_does_not_read_from_a_standby_far_behind(
+    cluster: Cluster, serve: Serve
+) -> None:
+    made = await filled(await serve(), cluster)
+    victim, other = cluster.standbys
+    victim.ask("select pg_wal_replay_pause()")
+    try:
+        client = await serve()
+        await document(client, "new", into=made)
+        await asyncio.sleep(1.2)
+        client = await serve(replica_max_lag=1.0)  # it has seen nothing of that
+        before = reads(victim), reads(other)
+        for _ in range(6):
+            ok(await client.get(at("libraries", made, "documents", "new")))
+        assert (reads(victim), reads(other)) == (before[0], before[1] + 6)
+    finally:
+        victim.ask("select pg_wal_replay_resume()")
+    cluster.caught_up()
+    await serves_again(client, made, victim)
+
+
+async def test_how_old_a_replica_is_is_known_for_as_long_as_the_service_runs(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings("postgresql://nowhere")
+    engine = pools.make_engine(settings, settings.database_url)
+    primary = servers.Primary(settings, settings.database_url, engine)
+    for second in range(5001):
+        monkeypatch.setattr(time, "monotonic", lambda now=float(second): now)
+        primary.position = Position(1, 1, second)
+        primary.heard(primary.position)
+    monkeypatch.undo()
+    await pools.close(engine)
+    assert len(primary._past) <= servers.ROUND
+    for age in range(4000):
+        assert age <= primary.age(5000 - age, None) <= age * servers.COARSE + 1
+    assert primary.age(-1, None) == float("inf")  # nobody knows
+    assert (primary.age(-1, -7.0), primary.age(-1, 4999.0)) == (5007, 5000)
 
 
 async def test_a_recovery_conflict_is_no_clients_business(cluster: Cluster, make_settings: MakeSettings) -> None:
