@@ -145,12 +145,12 @@ $$;
 -- The statement that searches a library: mode is vector, text or hybrid, p_ef overrides ef_search (probes for ivfflat). p_filter gives the
 -- shape, and with p_reach the way that is gone. It may be kept and run again, with other values too: p_kept makes it look whether the library
 -- is still where it was; p_query says for about how many words it shall be fast. Who runs it in the snapshot in which it was made need not look.
--- p_condition, p_apart and p_way as in candidates; p_pool: how many diverse ones are chosen from.
+-- p_condition, p_apart, p_way and p_required as in candidates; p_pool: how many diverse ones are chosen from.
 create or replace function pgshelf.search_statement(
   p_library pgshelf.libraries, p_mode text, p_filter jsonb default null, p_exact boolean default false, p_ef int default null,
   p_fusion text default 'rrf', p_grouped boolean default false, p_diverse boolean default false, p_reach int default 10,
   p_kept boolean default true, p_query text default null, p_condition record default null, p_apart text default null,
-  p_way record default null, p_pool int default null) returns text
+  p_way record default null, p_pool int default null, p_required tsquery default null) returns text
   stable language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -166,8 +166,7 @@ begin
   if p_kept then
     v_condition.decided := null;
   end if;
-  v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart, p_way,
-    case when p_mode = 'hybrid' and not p_kept then pgshelf.required_words(p_library.language, p_query) end, p_kept);
+  v_parts := pgshelf.candidates(p_library, p_mode, p_filter, p_exact, p_ef, p_fusion, p_reach, p_query, v_condition, p_apart, p_way, p_required, p_kept);
   if v_plain then
     -- the common case, kept short: what PostgreSQL need not plan it does not spend time on
     v_score := pgshelf.score_expression(p_library.metric);
@@ -354,6 +353,7 @@ as $$
 declare
   v_library pgshelf.libraries := pgshelf.library_named(search_text.library);
   v_statement text;
+  v_condition record;
   v_reach int;
   v_pool int := pgshelf.pool(search_text.k + search_text.offset, search_text.mmr_lambda, search_text.mmr_candidates);
   v_kind text := case when v_library.shelf <> 0 and search_text.filter is null and search_text.group_by is null and search_text.mmr_lambda is null then 'text' end;
@@ -365,12 +365,13 @@ begin
   end if;
   v_reach := pgshelf.reach('text', search_text.k + search_text.offset, search_text.group_by is not null, search_text.group_size, v_pool);
   if v_kind is null then
+    v_condition := pgshelf.compile_filter(v_library, search_text.filter);
     v_statement := pgshelf.search_statement(v_library, 'text', search_text.filter, false, null, 'rrf', search_text.group_by is not null,
-      search_text.mmr_lambda is not null, v_reach, false, search_text.query, p_pool => v_pool);
+      search_text.mmr_lambda is not null, v_reach, false, search_text.query, v_condition, p_pool => v_pool);
   end if;
   if search_text.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'text', search_text.filter, false, null, 'rrf', v_reach,
-      search_text.query), 'text',
+      search_text.query, v_condition), 'text',
       v_reach, search_text.k + search_text.offset, null, search_text.filter, search_text.query, null, search_text.min_score, 60, '{1,1}', search_text.group_size);
   end if;
   return query select f.* from pgshelf.found(v_library, v_kind, v_statement, null::@vector@.vector, search_text.filter, v_reach,
@@ -397,6 +398,7 @@ declare
   v_reach int;
   v_pool int := pgshelf.pool(search_hybrid.k + search_hybrid.offset, search_hybrid.mmr_lambda, search_hybrid.mmr_candidates);
   v_required tsquery := pgshelf.required_words(v_library.language, search_hybrid.query);
+  v_condition record;
   v_kind text := case when v_library.shelf <> 0 and search_hybrid.filter is null and search_hybrid.exact is not true and search_hybrid.ef_search is null
     and search_hybrid.fusion = 'rrf' and search_hybrid.group_by is null and search_hybrid.mmr_lambda is null and v_required is null then 'hybrid' end;
 begin
@@ -414,12 +416,15 @@ begin
   v_reach := pgshelf.reach('hybrid', search_hybrid.k + search_hybrid.offset, search_hybrid.group_by is not null, search_hybrid.group_size,
     case when search_hybrid.mmr_lambda is not null then search_hybrid.mmr_candidates end, search_hybrid.candidates);
   if v_kind is null then
+    v_condition := pgshelf.compile_filter(v_library, search_hybrid.filter);
     v_statement := pgshelf.search_statement(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact, search_hybrid.ef_search, search_hybrid.fusion,
-      search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false, search_hybrid.query, p_pool => v_pool);
+      search_hybrid.group_by is not null, search_hybrid.mmr_lambda is not null, v_reach, false, search_hybrid.query, v_condition,
+      p_pool => v_pool, p_required => v_required);
   end if;
   if search_hybrid.group_by is not null then
     v_reach := pgshelf.grouped_reach(v_library, pgshelf.candidates(v_library, 'hybrid', search_hybrid.filter, search_hybrid.exact,
-      search_hybrid.ef_search, search_hybrid.fusion, v_reach, search_hybrid.query, p_required => v_required), 'hybrid', v_reach, search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
+      search_hybrid.ef_search, search_hybrid.fusion, v_reach, search_hybrid.query, v_condition, p_required => v_required), 'hybrid', v_reach,
+      search_hybrid.k + search_hybrid.offset, search_hybrid.embedding,
       search_hybrid.filter, search_hybrid.query, search_hybrid.max_distance, search_hybrid.min_score, search_hybrid.fusion_k, search_hybrid.weights,
       search_hybrid.group_size);
   end if;

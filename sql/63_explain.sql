@@ -55,7 +55,8 @@ begin
   end if;
   -- as of this moment: another one may see values that attributes do not keep exactly, and would have to compile the filter again
   v_statement := pgshelf.search_statement(v_library, v_mode, explain_search.filter, explain_search.exact, explain_search.ef_search,
-    p_reach => v_reach, p_kept => false, p_query => explain_search.query);
+    p_reach => v_reach, p_kept => false, p_query => explain_search.query,
+    p_required => pgshelf.required_words(v_library.language, explain_search.query));
   execute 'explain (analyze, format json) ' || v_statement into v_plan
     using explain_search.embedding, explain_search.filter, v_reach, explain_search.query, null::float8, null::float8, '{text}'::text[],
       explain_search.k, explain_search.offset, 60, '{1,1}'::float8[], 1, null::float8;

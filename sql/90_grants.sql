@@ -43,7 +43,7 @@ begin
     continue when to_regrole(v_role) is null;
     -- older versions granted these: to check a foreign key PostgreSQL runs what its maker wrote, a cast, as the owner of the referenced table
     execute format('revoke references on pgshelf.documents from %I', v_role);
-    execute format('revoke references (id) on pgshelf.documents from %1$I', v_role);
+    execute format('revoke references (id) on pgshelf.documents from %I', v_role);
     execute format('revoke insert, update on pgshelf.libraries from %I', v_role);
     foreach v_grant in array v_grants loop
       execute format('grant %s to %I', v_grant, v_role);

@@ -66,14 +66,7 @@ def make_engine(
 
     With `owner`, its sessions become the owner of the tables if they may.
     """
-    options = (
-        f"-c statement_timeout={int(settings.statement_timeout * 1000)}"
-        f" -c lock_timeout={int(settings.lock_timeout * 1000)}"
-        " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
-        " -c standard_conforming_strings=on"
-    )
-    existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")
-    target = serving_dsn(settings, url, "pgshelf serve", options=f"{options} {existing}" if existing else options)
+    target = serving_dsn(settings, url, "pgshelf serve", options=_options(settings, url))
 
     async def open_connection() -> psycopg.AsyncConnection[Any]:
         connection = await opened(target, opening)
@@ -115,6 +108,18 @@ def make_engine(
     _renew_when_stale(engine.pool)
     _ping_when_in_doubt(engine)
     return engine
+
+
+def _options(settings: Settings, url: str) -> str:
+    """What each session is set to; what the address says of its own comes behind, and wins."""
+    options = (
+        f"-c statement_timeout={int(settings.statement_timeout * 1000)}"
+        f" -c lock_timeout={int(settings.lock_timeout * 1000)}"
+        " -c plan_cache_mode=force_custom_plan -c jit=off -c idle_in_transaction_session_timeout=60000"
+        " -c standard_conforming_strings=on"
+    )
+    existing = psycopg.conninfo.conninfo_to_dict(dsn(url)).get("options")
+    return f"{options} {existing}" if existing else options
 
 
 def _decoded(text: str | bytes) -> Any:

@@ -79,4 +79,4 @@ def test_other_levels_are_said_and_no_token_is(level: ConsistencyLevel) -> None:
 
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="eventual"):
-        Client("http://x", consistency="weak")  # type: ignore[arg-type]
+        Client("http://x", consistency="weak")  # type: ignore[arg-type]  # who has no type checker
