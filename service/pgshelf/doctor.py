@@ -253,8 +253,9 @@ def _indexes(connection: Connection) -> Iterator[Finding]:
         "select i.indexrelid::regclass::text from pg_index i join pg_class c on c.oid = i.indexrelid"
         " join pg_namespace n on n.oid = c.relnamespace where n.nspname = 'pgshelf' and not i.indisvalid"
         # one that is being built is not valid yet
-        " and not exists (select from pg_locks k join pg_database b on b.oid = k.database and b.datname = current_database()"
-        "   where k.relation = i.indrelid and k.mode = 'ShareUpdateExclusiveLock' and k.granted)"
+        " and not exists (select from pg_locks k join pg_database b on b.oid = k.database"
+        "   where b.datname = current_database() and k.relation = i.indrelid"
+        "   and k.mode = 'ShareUpdateExclusiveLock' and k.granted)"
     ).fetchall()
     for (name,) in rows:
         yield Finding("fail", f"the index {name} is invalid; run: reindex index concurrently {name}")

@@ -12,7 +12,7 @@ from msgspec import Meta
 from pgshelf import database, filters
 from pgshelf.connections import Connection
 from pgshelf.http import Config, LibraryName, Reader, problems
-from pgshelf.searching import FacetValue, Filter
+from pgshelf.search_forms import FacetValue, Filter
 
 
 class FacetsRequest(msgspec.Struct, forbid_unknown_fields=True):

@@ -30,7 +30,7 @@ from pgshelf.libraries import CreateLibrary, Library, PatchLibrary, Stats
 from pgshelf.replication import BackupList, Replication, Server, StartBackup
 from pgshelf.retry import Retried, RetryEmbeddings
 from pgshelf.search import Batch, BatchAnswer, LibrariesAnswer, LibrariesRequest
-from pgshelf.searching import SearchAnswer, SearchRequest
+from pgshelf.search_forms import SearchAnswer, SearchRequest
 from pgshelf.stored_documents import Document
 
 CHUNK = "6f1c9c1e-2f0d-4c5b-9a39-0d3f5a1b7c21"

@@ -13,7 +13,7 @@ from pgshelf import database, filters
 from pgshelf.connections import Connection
 from pgshelf.http import Answer, Config, LibraryName, problems
 from pgshelf.idempotency import Write
-from pgshelf.searching import Filter
+from pgshelf.search_forms import Filter
 
 
 class RetryEmbeddings(msgspec.Struct, forbid_unknown_fields=True):

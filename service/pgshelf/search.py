@@ -17,21 +17,8 @@ from pgshelf.embedding import asked_again
 from pgshelf.errors import Problem, invalid, problem_of
 from pgshelf.http import Config, LibraryName, Reader, problems
 from pgshelf.query_cache import QueryCache, States
-from pgshelf.searching import (
-    Hit,
-    Ranking,
-    SearchAnswer,
-    SearchRequest,
-    ask,
-    call,
-    check,
-    hit,
-    milliseconds,
-    reranked,
-    search,
-    searched,
-    widened,
-)
+from pgshelf.search_forms import Hit, Ranking, SearchAnswer, SearchRequest, check
+from pgshelf.searching import ask, call, hit, milliseconds, reranked, search, searched, widened
 from pgshelf.settings import Settings
 
 DEEPEST = 10_000  # how far down each of several libraries is looked for what may be among the best of all
