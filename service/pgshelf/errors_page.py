@@ -1,9 +1,12 @@
-"""docs/errors.md for browsers: the part of Markdown that it is written in, as HTML."""
+"""docs/errors.md for browsers, as HTML."""
 
 from __future__ import annotations
 
-import html
-import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -19,29 +22,27 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-SPAN = re.compile(r"`(?P<code>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*|\[(?P<text>[^]]+)\]\((?P<file>[^)#]+)[^)]*\)")
 
 
 def page(markdown: str) -> str:
-    """Headings, paragraphs, bold text and code; a section has its heading as id, for the `type` of a problem."""
-    return PAGE.format("\n".join(_block(block) for block in re.split(r"\n{2,}", markdown.strip())))
+    """The page; a section has its heading as id, for the `type` of a problem. The other files are not served."""
+    parser = MarkdownIt("commonmark", {"html": False})
+    tokens = parser.parse(markdown)
+    for opening, inside in pairwise(tokens):
+        if opening.type == "heading_open" and opening.tag == "h2":
+            opening.attrSet("id", inside.content)
+        if inside.children:
+            inside.children = list(_unlinked(inside.children))
+    return PAGE.format(parser.renderer.render(tokens, parser.options, {}))
 
 
-def _block(block: str) -> str:
-    marks, _, text = block.partition(" ")
-    if marks == "#":
-        return f"<h1>{_inline(text)}</h1>"
-    if marks == "##":
-        return f'<h2 id="{html.escape(text)}">{_inline(text)}</h2>'
-    return f"<p>{_inline(block)}</p>"
-
-
-def _inline(text: str) -> str:
-    return SPAN.sub(_span, html.escape(text))
-
-
-def _span(found: re.Match[str]) -> str:
-    # the other files are not served
-    if found["file"]:
-        return f"{found['text']} in docs/{found['file']}"
-    return f"<code>{found['code']}</code>" if found["code"] else f"<strong>{found['strong']}</strong>"
+def _unlinked(tokens: list[Token]) -> Iterator[Token]:
+    """Links to other files as their text and where it stands."""
+    file = ""
+    for token in tokens:
+        if token.type == "link_open":
+            file = str(token.attrGet("href")).partition("#")[0]
+        elif token.type == "link_close":
+            yield Token("text", "", 0, content=f" in docs/{file}")
+        else:
+            yield token

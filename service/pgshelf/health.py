@@ -10,7 +10,7 @@ import psycopg
 from litestar import Request, Response, Router, get
 from msgspec import Meta
 
-from pgshelf import __version__, database, errors_page, schema
+from pgshelf import __version__, database, schema
 from pgshelf.errors import Problem
 from pgshelf.http import Config, Reader, problems
 from pgshelf.settings import Settings
@@ -114,7 +114,11 @@ async def errors(request: Request[Any, Any, Any]) -> Response[str]:
 @functools.cache
 def _errors_page(wanted: str) -> str:
     text = (schema.resource("docs") / "errors.md").read_text(encoding="utf-8")
-    return errors_page.page(text) if wanted == "text/html" else text
+    if wanted != "text/html":
+        return text
+    from pgshelf import errors_page  # few ask, and what it brings need not be there at the start
+
+    return errors_page.page(text)
 
 
 router = Router("/", route_handlers=[health, ready, errors], tags=["health"])
